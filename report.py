@@ -1,0 +1,247 @@
+"""What a run ends with: measures of the world model, the closing table, run.png and final.json.
+
+All errors are mean squared errors in standardised units (1 = predicting the mean of the data) on
+held-out episodes, which no update has seen.
+
+Sizes: B rows, N agents, O observation, S state, H horizon.
+"""
+
+import json
+import platform
+import time
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+import datasets
+from buffer import OfflineDataset
+from logo_wm import LogoWM
+
+
+def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Spearman's, of two vectors without many ties."""
+    ranks = torch.stack([x, y]).argsort(-1).argsort(-1).double()
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+@torch.no_grad()
+def one_step_errors(model: LogoWM, data: OfflineDataset) -> dict[str, float]:
+    """How well the model predicts one step of the held-out episodes, by each of its paths.
+
+    `deducibility_r2` is the share of the state's variance that R_d recovers from the *true* next
+    observations: an upper bound on what deduction can reach. `u_error_spearman` is the rank
+    correlation of the doubt u with the error of s'.
+    """
+    b = data.gather(data.held_out)
+    out = model.step(b.obs, b.state, b.actions, clamp=False)
+
+    def error(name: str, guess: torch.Tensor, truth: torch.Tensor) -> float:
+        difference = model.standardise(name, guess) - model.standardise(name, truth)
+        return difference.square().mean().item()
+
+    s_next = model.standardise("state", b.next_state)  # (B,S)
+    s = model.standardise("state", b.state)
+    ideal = model.deduce(model.standardise("obs", b.next_obs), s, b.actions)[:, :-1]
+    unexplained = (ideal - s_next).square().sum() / (s_next - s_next.mean(0)).square().sum()
+    miss = (model.standardise("state", out["next_state"]) - s_next).norm(dim=-1)  # (B,)
+    return {
+        "obs_mse": error("obs", out["next_obs"], b.next_obs),
+        "state_mse": error("state", out["next_state"], b.next_state),
+        "reward_mse": error("reward", out["reward"], b.reward),
+        "direct_state_mse": error("state", out["direct_state"], b.next_state),
+        "direct_reward_mse": error("reward", out["direct_reward"], b.reward),
+        "persistence_obs_mse": error("obs", b.obs, b.next_obs),
+        "persistence_state_mse": error("state", b.state, b.next_state),
+        "deducibility_r2": 1 - unexplained.item(),
+        "u_error_spearman": rank_correlation(out["u"], miss),
+    }
+
+
+def windows(data: OfflineDataset, rows: torch.Tensor, horizon: int) -> torch.Tensor:
+    """Those of `rows` (sorted) that are followed by `horizon` - 1 more of their episode."""
+    tail = rows[horizon - 1 :]
+    return rows[: len(tail)][tail - rows[: len(tail)] == horizon - 1]
+
+
+@torch.no_grad()
+def rollout_errors(model: LogoWM, data: OfflineDataset, horizon: int) -> dict[str, list[float]]:
+    """Errors after 1..H imagined steps along the actions recorded in held-out episodes."""
+    start = windows(data, data.held_out, horizon)
+    if len(start) == 0:
+        return {"state": [], "persistence": [], "reward": []}
+    steps = iter(range(horizon))
+    out = model.imagine(
+        lambda obs, avail: data.actions[start + next(steps)],
+        data.obs[start], data.state[start], None, horizon,
+        torch.Generator(start.device).manual_seed(0), heads=False,
+    )  # fmt: skip
+    errors = {"state": [], "persistence": [], "reward": []}
+    for h in range(horizon):
+        truth = model.standardise("state", data.state[start + h + 1])
+        guess = model.standardise("state", out["state"][h + 1])
+        still = model.standardise("state", data.state[start])
+        reward = (out["reward"][h] - data.reward[start + h]) / model.reward_std
+        errors["state"].append((guess - truth).square().mean().item())
+        errors["persistence"].append((still - truth).square().mean().item())
+        errors["reward"].append(reward.square().mean().item())
+    return errors
+
+
+@torch.no_grad()
+def rollout_sanity(model: LogoWM, clone, data: OfflineDataset, horizon: int, count: int = 2000):
+    """Does the cloned behaviour policy, acting in the model, live in the world of the data?
+
+    From the same real rows, H steps are imagined and, beside them, read from the recording; each
+    rollout counts up to its end.
+    """
+    rng = torch.Generator(data.train.device).manual_seed(0)
+    pick = torch.randint(len(data.train), (count,), generator=rng, device=data.train.device)
+    rows = data.train[pick]
+    start = data.gather(rows)
+    out = model.imagine(
+        lambda obs, avail: clone.explore(obs, avail, rng),
+        start.obs, start.state, start.avail, horizon, rng,
+    )  # fmt: skip
+    on = out["filled"].bool()  # (H,B)
+    inside = (out["state"] >= model.state_min) & (out["state"] <= model.state_max)
+    is_step = torch.zeros(len(data.obs), dtype=torch.bool, device=rows.device)
+    is_step[data.train] = True
+    real, running = [], torch.ones_like(rows, dtype=torch.bool)
+    for h in range(horizon):
+        row = (rows + h).clamp(max=len(is_step) - 1)
+        running = running & is_step[row]
+        real.append(data.reward[row[running]])
+    forbidden = 0.0
+    if out["avail"] is not None:
+        taken = (out["actions"] * out["avail"][:-1]).sum(-1)  # (H,B,N) 1 = it was allowed
+        forbidden = (taken[on] == 0).float().mean().item()
+    return {
+        "imagined_reward_per_step": out["reward"][on].mean().item(),
+        "real_reward_per_step": torch.cat(real).mean().item(),
+        "finite": all(v.isfinite().all().item() for v in out.values() if v is not None),
+        "states_in_range": inside.float().mean().item(),
+        "forbidden_actions": forbidden,
+    }
+
+
+def pooled(evaluations: list[dict]) -> dict:
+    """Several evaluations as one: mean of the means, 95 % interval over all their episodes."""
+    episodes = sum(e["episodes"] for e in evaluations)
+    variance = np.mean([e["return_ci95"] ** 2 * e["episodes"] for e in evaluations])
+    return {
+        "return_mean": float(np.mean([e["return_mean"] for e in evaluations])),
+        "return_ci95": float(np.sqrt(variance / episodes)),
+        "win_rate": float(np.mean([e["win_rate"] for e in evaluations])),
+        "episodes": episodes,
+    }
+
+
+def finish(run, evaluate, started: float, args: dict, commit: str, backend: str) -> dict:
+    """Measure, write final.json and run.png, print the closing table; returns final.json's content.
+
+    Args:
+        run: train.Run at the end of its last phase.
+        evaluate: (actor, seed, episodes) -> the clone's score, as the policy's were measured.
+    """
+    last = run.evaluations[-run.args.final_evals :]
+    score, data, facts = pooled(last), run.data, run.facts
+    clone = evaluate(run.clone, 10**6 * (run.args.seed + 1), sum(e["episodes"] for e in last))
+    world_model = rollout = None
+    if run.args.synthetic_fraction > 0:
+        world_model = one_step_errors(run.world_model, data)
+        world_model["rollout"] = rollout_errors(run.world_model, data, run.args.horizon)
+        rollout = rollout_sanity(run.world_model, run.clone, data, run.args.horizon)
+    done, seconds = run.progress, run.seconds
+    device = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor()
+    final = {
+        "args": args,
+        "commit": commit,
+        "versions": {k: version(k) for k in ("torch", "numpy", "jaxmarl", "jax")}
+        | {"python": platform.python_version()},
+        "device": f"{run.device.type} {device or platform.machine()}",
+        "backend": backend,
+        "env_id": run.args.env_id,
+        "dataset": facts,
+        "world_model": world_model,
+        "rollout": rollout,
+        "eval": score,
+        "clone": clone,
+        "evaluations": run.evaluations,
+        "time": {
+            "total_s": time.time() - started,
+            "wm_updates_per_s": done["wm"] / max(seconds["wm"], 1e-9),
+            "updates_per_s": done["policy"] / max(seconds["policy"], 1e-9),
+            "imagined_rows_per_s": run.imagined_rows / max(seconds["imagine"], 1e-9),
+            **{f"{k}_s": v for k, v in seconds.items()},
+        },
+        "seed": run.args.seed,
+    }
+    draw(run, final)
+    datasets.write_atomic(run.folder / "final.json", json.dumps(final, indent=2).encode())
+    print(table(final, run.folder))
+    return final
+
+
+def table(final: dict, folder) -> str:
+    """The closing table, for people."""
+    data, clone, score = final["dataset"], final["clone"], final["eval"]
+    name = {0.0: "MACQL"}.get(final["args"]["synthetic_fraction"], "LOGO")
+    name = "BC, again" if final["args"]["critic"] == "none" else name
+    lines = [
+        f"\n{'':24}{'return':>8}{'95 % +-':>9}{'won':>7}",
+        f"{'data (' + str(data.get('quality', 'given file')) + ')':24}{data['return_mean']:8.2f}"
+        f"{1.96 * data['return_std'] / data['episodes'] ** 0.5:9.2f}"
+        + (f"{data['win_rate']:7.0%}" if "win_rate" in data else ""),
+    ]
+    for who, s in (("behaviour cloning", clone), (name, score)):
+        lines.append(f"{who:24}{s['return_mean']:8.2f}{s['return_ci95']:9.2f}{s['win_rate']:7.0%}")
+    if wm := final["world_model"]:
+        lines += [
+            f"\n{'held-out error':24}{'state':>8}{'reward':>9}",
+            f"{'deduced (LOGO)':24}{wm['state_mse']:8.4f}{wm['reward_mse']:9.3f}",
+            f"{'direct (E_ps)':24}{wm['direct_state_mse']:8.4f}{wm['direct_reward_mse']:9.3f}",
+            f"{'nothing changes':24}{wm['persistence_state_mse']:8.4f}",
+            f"rank correlation of u with the error {wm['u_error_spearman']:.2f}",
+        ]
+    lines.append(f"\n{final['time']['total_s']:.0f} s; everything is in {folder}/final.json, run.png")
+    return "\n".join(lines)
+
+
+def draw(run, final: dict) -> None:
+    """run.png: return while training; the model's error along imagined steps; u against the error."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    wm = final["world_model"]
+    figure = Figure(figsize=(13 if wm else 5, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = np.atleast_1d(figure.subplots(1, 3 if wm else 1))
+    ax, history = panels[0], final["evaluations"]
+    x, y = ([e[k] for e in history] for k in ("update", "return_mean"))
+    ax.errorbar(x, y, [e["return_ci95"] for e in history], marker="o", label="this run")
+    ax.axhline(final["dataset"]["return_mean"], color="grey", label="data")
+    ax.axhline(final["clone"]["return_mean"], color="grey", ls="--", label="behaviour cloning")
+    ax.set(xlabel="policy updates", ylabel="return", title=f"{run.args.env_id}, {final['backend']}")
+    ax.legend()
+    if wm:
+        ax, errors = panels[1], wm["rollout"]
+        steps = range(1, len(errors["state"]) + 1)
+        ax.plot(steps, errors["state"], marker="o", label="s', deduced")
+        ax.plot(steps, errors["persistence"], color="grey", label="nothing changes")
+        ax.set(xlabel="imagined steps", ylabel="state error (standardised MSE)",
+               title="along recorded actions, held out", yscale="log")  # fmt: skip
+        ax.legend()
+        b = run.data.gather(run.data.held_out)
+        out = run.world_model.step(b.obs, b.state, b.actions, clamp=False)
+        miss = run.world_model.standardise("state", out["next_state"])
+        miss = (miss - run.world_model.standardise("state", b.next_state)).norm(dim=-1)
+        ax = panels[2]
+        ax.scatter(out["u"].cpu(), miss.cpu(), s=3, alpha=0.3, edgecolors="none")
+        ax.set(xlabel="doubt u", ylabel="true error of s'", xscale="log", yscale="log",
+               title=f"rank correlation {wm['u_error_spearman']:.2f}")  # fmt: skip
+    memory = io.BytesIO()
+    figure.savefig(memory, dpi=110)
+    datasets.write_atomic(run.folder / "run.png", memory.getvalue())
