@@ -59,12 +59,16 @@ class OfflineDataset:
         seed: of the choice of held-out episodes, so that every method is tested on the same ones.
     """
 
-    def __init__(self, obs, state, actions, avail, reward, terminated, lengths, holdout=0.05, seed=0):
+    def __init__(
+        self, obs, state, actions, avail, reward, terminated, lengths, holdout=0.05, seed=0
+    ):
         lengths = torch.as_tensor(lengths)
         if len(lengths) < 2:
             raise ValueError(f"{len(lengths)} episodes: at least two are needed, one is held out.")
         if int(lengths.sum()) + len(lengths) != len(obs):
-            raise ValueError(f"lengths need {int(lengths.sum()) + len(lengths)} rows, not {len(obs)}.")
+            raise ValueError(
+                f"lengths need {int(lengths.sum()) + len(lengths)} rows, not {len(obs)}."
+            )
         self.obs, self.state, self.actions, self.avail = obs, state, actions, avail
         self.reward, self.terminated, self.lengths = reward, terminated, lengths
         starts = torch.cumsum(lengths + 1, 0) - lengths - 1  # (episodes,) first row of each
@@ -112,7 +116,9 @@ class SyntheticBuffer:
     Everything is allocated once, on `device`; `add` overwrites the oldest collection.
     """
 
-    def __init__(self, retain, horizon, rollouts, num_agents, obs_dim, state_dim, action_dim, device):
+    def __init__(
+        self, retain, horizon, rollouts, num_agents, obs_dim, state_dim, action_dim, device
+    ):
         size = (retain, horizon + 1, rollouts)  # flat row (c, h, m), its successor M rows later
         self.retain, self.horizon, self.rollouts, self.collections = retain, horizon, rollouts, 0
         self.obs = torch.zeros(*size, num_agents, obs_dim, device=device)
@@ -121,7 +127,9 @@ class SyntheticBuffer:
         self.actions = torch.zeros(*size, num_agents, action_dim, device=device)
         self.reward = torch.zeros(*size, device=device)
         self.terminated = torch.zeros(*size, device=device)
-        self.p_u = torch.full((retain, horizon, rollouts), -torch.inf, device=device)  # -inf: no row
+        self.p_u = torch.full(
+            (retain, horizon, rollouts), -torch.inf, device=device
+        )  # -inf: no row
         self.cdf = None
 
     def add(self, rollout: dict[str, torch.Tensor], cap: float, weighted: bool = True) -> None:
@@ -158,8 +166,9 @@ class SyntheticBuffer:
         point = torch.rand(size, generator=generator, device=device, dtype=torch.float64)
         # right=True never lands on a row of weight zero, not even for point 0
         pick = torch.searchsorted(self.cdf, point * self.cdf[-1], right=True)
-        collection, step_and_rollout = pick // (self.horizon * self.rollouts), pick % (
-            self.horizon * self.rollouts
+        collection, step_and_rollout = (
+            pick // (self.horizon * self.rollouts),
+            pick % (self.horizon * self.rollouts),
         )
         row = collection * (self.horizon + 1) * self.rollouts + step_and_rollout
         columns = (self.obs, self.state, self.actions, self.avail, self.reward, self.terminated)
@@ -194,7 +203,9 @@ def _self_check():
         buffer.add(rollout, cap)
         weight = torch.exp((cap - u).clamp(0, cap)) * filled
         if c > 0:
-            kept |= dict(zip(number[:-1].flatten().tolist(), weight.flatten().tolist(), strict=True))
+            kept |= dict(
+                zip(number[:-1].flatten().tolist(), weight.flatten().tolist(), strict=True)
+            )
     batch = buffer.sample(200_000, g)
     assert torch.equal(batch.next_state[:, 0], batch.state[:, 0] + rollouts)
     total = sum(kept.values())

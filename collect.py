@@ -7,7 +7,8 @@ Offline data need somebody who played. Here that is MAPPO [Yu et al., 2022]: one
 agents, one critic on the global state, PPO's clipped objective. Snapshots are kept on the way, and
 the four qualities of the public benchmarks follow from them [CFCQL, OMIGA; README, Datasets]:
 
-  medium         episodes of the snapshot whose return is nearest to half the expert's
+  medium         episodes of the snapshot that wins half as often as the expert
+                 (where nobody wins anything: whose return is half the expert's)
   medium-replay  episodes of snapshots spread evenly up to medium, in equal parts
   expert         episodes of the final policy
   mixed          medium and expert, in equal parts
@@ -19,11 +20,12 @@ Sizes: T steps, E parallel episodes, N agents, O observation, S state, A actions
 """
 
 import dataclasses
+import hashlib
 import io
 import sys
 import time
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ import envs
 
 Quality = Literal["medium", "medium-replay", "expert", "mixed"]
 BEHAVIOUR = Path(__file__).parent / "behaviour"
+CACHE = Path(__file__).parent / "data"
 
 
 @dataclasses.dataclass
@@ -166,7 +169,8 @@ def train_behaviour(args: Args) -> dict[str, np.ndarray]:
         )
         on = log["filled"].bool()
         rows = {
-            "obs": log["obs"][:-1][on], "avail": log["avail"][:-1][on], "actions": log["actions"][on],
+            "obs": log["obs"][:-1][on], "avail": log["avail"][:-1][on],
+            "actions": log["actions"][on],
             "state": state[:-1][on], "target": (adv + value[:-1])[on],
             "adv": (adv[on] - adv[on].mean()) / (adv[on].std() + 1e-8),
         }  # fmt: skip
@@ -211,7 +215,8 @@ def select_snapshots(curve: np.ndarray, snapshots: list, replay: int = 5) -> dic
         curve: (iterations,3) of environment steps, mean return, win rate of that iteration.
         snapshots: per iteration, the actor's parameters.
     """
-    smooth = np.array([curve[max(0, i - 4) : i + 5, 1].mean() for i in range(len(curve))])
+    goal = curve[:, 2] if curve[-1, 2] > 0 else curve[:, 1]
+    smooth = np.array([goal[max(0, i - 4) : i + 5].mean() for i in range(len(goal))])
     medium = int(np.abs(smooth - smooth[-1] / 2).argmin())
     kept = [round(medium * (k + 1) / replay) for k in range(replay)] + [len(curve) - 1]
     weights = {
@@ -266,31 +271,34 @@ def record(env_id: str, quality: Quality, episodes: int, seed: int, path: Path) 
     """Play `episodes` episodes and write them to `path` in the public episode layout."""
     spec = envs.make(env_id).spec
     cast = players(load_behaviour(env_id, spec), quality)
-    share = -(-episodes // len(cast))
-    env, parts = envs.make(env_id, num_envs=min(share, 200)), []
-    generator = torch.Generator().manual_seed(seed)
-    rounds = [(k, actor) for k, actor in enumerate(cast) for _ in range(-(-share // env.num_envs))]
-    bar = tqdm(rounds, desc=f"recording {env_id} {quality}", unit="round")
-    for i, (_, actor) in enumerate(bar):
-        parts.append(play(env, actor, generator, seed=10**9 + seed * 10**5 + i))
-    per_player = len(rounds) // len(cast)
-    trimmed = []
-    for k in range(len(cast)):  # whole rounds were played; keep each player's share
-        mine = datasets.join_rounds(parts[k * per_player : (k + 1) * per_player], spec.episode_limit)
-        trimmed.append({key: v[:share] for key, v in mine.items()})
-    arrays = {k: np.concatenate([t[k] for t in trimmed])[:episodes] for k in trimmed[0]}
+    share = -(-episodes // len(cast))  # episodes of each player
+    env = envs.make(env_id, num_envs=min(share, 200))
+    rounds = -(-share // env.num_envs)  # whole rounds are played, the surplus is dropped
+    generator, parts = torch.Generator().manual_seed(seed), []
+    with tqdm(total=len(cast) * rounds, desc=f"recording {env_id} {quality}", unit="round") as bar:
+        for k, actor in enumerate(cast):
+            played = []
+            for i in range(rounds):
+                start = 10**9 + seed * 10**5 + k * rounds + i  # battles that nobody trained on
+                played.append(play(env, actor, generator, start))
+                bar.update()
+            joined = datasets.join_rounds(played, spec.episode_limit)
+            parts.append({key: x[:share] for key, x in joined.items()})
+    arrays = {key: np.concatenate([part[key] for part in parts])[:episodes] for key in parts[0]}
     about = {"env_id": env_id, "backend": spec.backend, "quality": quality, "seed": seed}
     datasets.save_episodes(path, arrays, about)
 
 
-def dataset_path(env_id: str, quality: Quality, episodes: int, seed: int, root: Path) -> Path:
-    """Where the cache holds the recording with these arguments."""
-    return root / f"{env_id}-{quality}-{episodes}ep-seed{seed}.h5"
+def cached(env_id: str, quality: Quality, episodes: int, seed: int) -> Path:
+    """Where the recording with these arguments, by the policies shipped now, is kept."""
+    shipped = BEHAVIOUR / f"{env_id}.npz"
+    players = hashlib.sha256(shipped.read_bytes()).hexdigest()[:8] if shipped.exists() else "none"
+    return CACHE / f"{env_id}-{quality}-{episodes}ep-seed{seed}-{players}.h5"
 
 
-def load_or_record(env_id: str, quality: Quality, episodes: int, seed: int, root: Path) -> Path:
+def load_or_record(env_id: str, quality: Quality, episodes: int, seed: int) -> Path:
     """Path of the cached dataset; recorded now if it is not there yet."""
-    path = dataset_path(env_id, quality, episodes, seed, root)
+    path = cached(env_id, quality, episodes, seed)
     if not path.exists():
         record(env_id, quality, episodes, seed, path)
     return path
@@ -305,13 +313,12 @@ def save_behaviour(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def main(args: Args) -> None:
     started = time.time()
     if args.record:
-        root = Path(__file__).parent / "data"
-        path = args.out or dataset_path(args.env_id, args.record, args.episodes, args.seed, root)
+        path = args.out or cached(args.env_id, args.record, args.episodes, args.seed)
         record(args.env_id, args.record, args.episodes, args.seed, path)
         print(datasets.describe(path))
     else:
-        arrays = train_behaviour(args)
         path = args.out or BEHAVIOUR / f"{args.env_id}.npz"
+        arrays = train_behaviour(args)
         save_behaviour(path, arrays)
         last = arrays["curve"][-10:].mean(0)
         print(f"return {last[1]:.2f}, won {last[2]:.0%} over the last 10 iterations")
@@ -319,7 +326,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    assert set(get_args(Quality)) == set(players([None] * 3, "medium") and get_args(Quality))
     try:
         main(tyro.cli(Args, description=__doc__))
     except (ValueError, OSError, ImportError) as e:

@@ -9,8 +9,8 @@ episodes, time padded to the episode limit T plus one row for the last observati
   state (E,T+1,S)  obs (E,T+1,N,O)  actions (E,T+1,N,1) int  avail_actions (E,T+1,N,A)
   reward (E,T+1,1)  terminated (E,T+1,1)  filled (E,T+1,1): L+1 ones for an episode of L steps
 
-Our own recordings add `won` (E,) and, as attributes, what the file is. There, `terminated` is 0 where
-only the time limit ended an episode; public files write 1 there too, and are followed.
+Our own recordings add `won` (E,) and attributes that say what the file is. In them `terminated` is
+0 where only the time limit ended an episode; public files write 1 there too, and are followed.
 
 Sizes: E episodes, T episode limit, N agents, O observation, S state, A actions, R rows in memory.
 """
@@ -19,7 +19,6 @@ import hashlib
 import io
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import h5py
@@ -40,15 +39,15 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "wb") as f:
+        with temporary.open("wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -112,8 +111,8 @@ def save_episodes(path: Path, arrays: dict[str, np.ndarray], about: dict) -> Non
 def load_dataset(path: Path, holdout: float, seed: int, device: torch.device):
     """Read a file of episodes into (OfflineDataset, facts).
 
-    `facts` holds path, sha256 of the file, episodes, transitions, return_mean, return_std and, where
-    the file tells, win_rate and its own attributes.
+    `facts` holds path, sha256 of the file, episodes, transitions, return_mean, return_std and,
+    where the file tells, win_rate and its own attributes.
 
     Raises:
         ValueError: with the file, the key and the row of what is wrong with it.

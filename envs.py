@@ -14,9 +14,7 @@ Sizes: E parallel episodes, N agents, O observation, S state, A actions.
        obs (E,N,O)  state (E,S)  avail (E,N,A)  actions (E,N,A) one-hot  reward (E,)
 """
 
-import contextlib
 import functools
-import io
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -98,9 +96,8 @@ def _import_smax() -> _Smax:
     # These networks are tiny and torch owns the GPU: JAX stays on the CPU unless told otherwise.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # jaxmarl greets on import
-            import jax
-            from jaxmarl.environments.smax import HeuristicEnemySMAX, smax_env
+        import jax
+        from jaxmarl.environments.smax import HeuristicEnemySMAX, smax_env
     except ImportError as e:
         raise ImportError("SMAX needs JaxMARL: pip install jaxmarl==0.2.0 (README, Setup)") from e
     names = tuple(smax_env.MAP_NAME_TO_SCENARIO)
@@ -260,11 +257,16 @@ def _self_check():
     assert first == again, "the same seed must give the same battles"
     now, steps = env.reset(seed=1), 0
     while not now.over.all():
-        now, steps = env.step(random_policy(steps)(now.obs, torch.tensor(now.avail)).numpy()), steps + 1
+        now, steps = (
+            env.step(random_policy(steps)(now.obs, torch.tensor(now.avail)).numpy()),
+            steps + 1,
+        )
     assert steps <= env.spec.episode_limit and now.avail.shape == (64, 3, env.spec.action_dim)
     print(env.spec)
-    print(f"random policy on 3m: return {first['return_mean']:.2f} +- {first['return_ci95']:.2f} "
-          f"of 20, won {first['win_rate']:.0%} of {first['episodes']}")
+    print(
+        f"random policy on 3m: return {first['return_mean']:.2f} +- {first['return_ci95']:.2f} "
+        f"of 20, won {first['win_rate']:.0%} of {first['episodes']}"
+    )
     assert 0.0 < first["return_mean"] < 20.0
 
 

@@ -1,11 +1,11 @@
-"""LOGO world model: local predictions, pieced together into the global state [Li et al., AAMAS 2026].
+"""LOGO world model: local predictions, pieced together into a global one [Li et al., AAMAS 2026].
 
   predict  (o^i, a^i, s) --E_p--> o_hat^i      every agent's next observation, its own small network
   deduce   (o_hat^1..n)  --R_d--> s', r'       next state and reward, pieced together from these
   doubt    (o, a, s)     --E_ps-> s_hat, r_hat the same, predicted directly;  u = |s_hat - s'|
   imagine  predict and deduce in turn, H steps, with a policy choosing the actions
 
-Training (`loss`) adds two decoders' worth of self-supervision: R_p recovers (o^i, a^i) from o_hat^i,
+Training (`loss`) adds self-supervision by two more networks: R_p recovers (o^i, a^i) from o_hat^i,
 and E_d predicts the observations from (s', r), so that R_d learns on true and on predicted ones.
 
   E_p  encoder of the predictive model   R_p  its decoder     Eq. (2), Sec. 4.2
@@ -75,7 +75,7 @@ class LogoWM(nn.Module):
         statistics: of the data: obs_mean (N,O), state_std (S,), reward_min (), ... as
             `buffer.OfflineDataset.statistics` returns them; None = standardised already, no clamp.
         deduce_from: what R_d sees: "obs" (the paper), "obs+state" or "obs+state+actions".
-        learn_variance: Gaussians of E_p, E_d and E_ps with a learned variance, else with variance 1.
+        learn_variance: the Gaussians of E_p, E_d, E_ps learn their variance, else it is 1.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class LogoWM(nn.Module):
 
 
 def _self_check():
-    """Learn a small world of three agents on a line; the model must beat "nothing changes" 10 times.
+    """Learn a small world of three agents on a line; the model must beat "nothing changes" tenfold.
 
     Each agent sees the noiseless distances to the others and moves itself by its action; the
     state is where everybody stands, the reward how close together they are.
@@ -323,8 +323,10 @@ def _self_check():
             true = (out["next_state"] - test.next_state).norm(dim=-1)
             ranks = torch.stack([out["u"], true]).argsort(-1).argsort(-1).float()
             rho = torch.corrcoef(ranks)[0, 1].item()
-            print(f"update {k:3}: state error {error:.5f}, nothing changes {still:.5f}, "
-                  f"rank correlation of u with the error {rho:.2f}")
+            print(
+                f"update {k:3}: state error {error:.5f}, nothing changes {still:.5f}, "
+                f"rank correlation of u with the error {rho:.2f}"
+            )
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - k / 601)
         rows = torch.randint(1000, size, (256,), generator=g)

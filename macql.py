@@ -1,7 +1,7 @@
-"""MACQL: decentralised policies and one conservative, centralised critic, both regularised to the data.
+"""MACQL: decentralised policies and a conservative, centralised critic, both held to the data.
 
-  critic_loss   Bellman error + alpha * (value of all actions - value of the data's)   Eq. (10), (11)
-  policy_loss   -(value of the policy's actions) + lambda * |policy - data|^2          Eq. (12)
+  critic_loss   Bellman error + alpha * (value of all actions - of the data's)   Eq. (10), (11)
+  policy_loss   -(value of the policy's actions) + lambda * |policy - data|^2    Eq. (12)
 
 The critic for discrete actions is a sum over agents of utilities that all see the global state:
 
@@ -10,10 +10,10 @@ The critic for discrete actions is a sum over agents of utilities that all see t
 It cannot say that two actions are good only together, but everything the paper asks of Q over
 the A^N joint actions is then exact and costs A*N instead: their maximum, their expectation under
 independent policies, and their log-sum-exp, which public code estimates from some 100 random joint
-actions. Forbidden actions are left out of each of the three. For continuous actions Q is one network on
+actions. Forbidden actions are left out of all three. For continuous actions Q is one network on
 (s, a^1..a^n), and the log-sum-exp is estimated from random actions and the policy's, as in CQL(H).
 
-`actions` is (B,N,A) everywhere: one-hot, probabilities (the value is then an expectation) or torques.
+`actions` is (B,N,A) everywhere: one-hot, torques, or probabilities (whose value is an expectation).
 
 Departures from the paper's letter; each has a switch (README, Deviations):
   D5  log-sum-exp over actions instead of the policy's expected value in the conservative term.
@@ -99,7 +99,7 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def greedy(self, obs: torch.Tensor, avail: torch.Tensor | None) -> torch.Tensor:
-        """(B,N,A): the policy as it is evaluated; one-hot of its likeliest action, or its action."""
+        """(B,N,A): the policy as it is evaluated: its likeliest action, one-hot, or its action."""
         pi = self(obs, avail)
         return F.one_hot(pi.argmax(-1), pi.shape[-1]).to(pi) if self.discrete else pi
 
@@ -126,7 +126,15 @@ class Critic(nn.Module):
     """
 
     def __init__(
-        self, obs_mean, obs_std, state_mean, state_std, action_dim, hidden=256, discrete=True, critics=2
+        self,
+        obs_mean,
+        obs_std,
+        state_mean,
+        state_std,
+        action_dim,
+        hidden=256,
+        discrete=True,
+        critics=2,
     ):
         super().__init__()
         (n, o), s = obs_mean.shape, len(state_mean)
@@ -147,7 +155,9 @@ class Critic(nn.Module):
         x = x.flatten(0, 1).expand(self.critics, -1, -1)  # (K,B*N,S+O+N)
         return self.net(x).view(self.critics, b, n, -1)
 
-    def forward(self, obs: torch.Tensor, state: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, obs: torch.Tensor, state: torch.Tensor, actions: torch.Tensor
+    ) -> torch.Tensor:
         """Q_k(s, a) (K,B)."""
         if self.discrete:
             return (self.utilities(obs, state) * actions).sum((-2, -1))
@@ -156,7 +166,7 @@ class Critic(nn.Module):
 
 
 def data_and_any(critic: Critic, batch, actor: Actor, generator, samples: int = 10):
-    """Q_k(s, a) of the data's action, and log sum_a exp Q_k(s, a) over all that may be taken: (K,B).
+    """Q_k(s, a) of the data's action, and log sum_a exp Q_k(s, a) over all allowed ones: (K,B).
 
     Discrete: exact, since exp of a sum of utilities factorises over the agents. Continuous: from
     `samples` actions each of the uniform law, of pi(s) and of pi(s') with noise, each weighted with
@@ -314,8 +324,12 @@ def _self_check():
         q = critic.utilities(batch.obs[:1], batch.state[:1]).mean(0)[0].mean(0)  # (A,)
         pi = actor(batch.obs[:1], every[:1])[0].mean(0)  # (A,)
         results[alpha] = q.tolist()
-        print(f"alpha {alpha}: utilities " + " ".join(f"{v:6.2f}" for v in q.tolist())
-              + "   policy " + " ".join(f"{v:.2f}" for v in pi.tolist()))
+        print(
+            f"alpha {alpha}: utilities "
+            + " ".join(f"{v:6.2f}" for v in q.tolist())
+            + "   policy "
+            + " ".join(f"{v:.2f}" for v in pi.tolist())
+        )
     print("               actions      0      1 seen,  2      3 unseen")
     seen, unseen = results[1.0][:2], results[1.0][2:]
     assert min(seen) > max(unseen), "alpha must put the unseen actions below the seen ones"

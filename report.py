@@ -17,6 +17,9 @@ import torch
 import datasets
 from buffer import OfflineDataset
 from logo_wm import LogoWM
+from run import Run, evaluate, plain
+
+FILES = ("metrics.csv", "events.out.tfevents.*", "checkpoint.pt", "run.png", "final.json")
 
 
 def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -137,16 +140,11 @@ def pooled(evaluations: list[dict]) -> dict:
     }
 
 
-def finish(run, evaluate, started: float, args: dict, commit: str, backend: str) -> dict:
-    """Measure, write final.json and run.png, print the closing table; returns final.json's content.
-
-    Args:
-        run: train.Run at the end of its last phase.
-        evaluate: (actor, seed, episodes) -> the clone's score, as the policy's were measured.
-    """
+def finish(run: Run, commit: str) -> dict:
+    """Measure, write final.json and run.png, print the closing table; returns the JSON."""
     last = run.evaluations[-run.args.final_evals :]
     score, data, facts = pooled(last), run.data, run.facts
-    clone = evaluate(run.clone, 10**6 * (run.args.seed + 1), sum(e["episodes"] for e in last))
+    clone = evaluate(run, run.clone, 10**6 * (run.args.seed + 1) - 10**5, score["episodes"])
     world_model = rollout = None
     if run.args.synthetic_fraction > 0:
         world_model = one_step_errors(run.world_model, data)
@@ -155,12 +153,12 @@ def finish(run, evaluate, started: float, args: dict, commit: str, backend: str)
     done, seconds = run.progress, run.seconds
     device = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor()
     final = {
-        "args": args,
+        "args": plain(run.args),
         "commit": commit,
         "versions": {k: version(k) for k in ("torch", "numpy", "jaxmarl", "jax")}
         | {"python": platform.python_version()},
         "device": f"{run.device.type} {device or platform.machine()}",
-        "backend": backend,
+        "backend": run.env.spec.backend,
         "env_id": run.args.env_id,
         "dataset": facts,
         "world_model": world_model,
@@ -169,11 +167,11 @@ def finish(run, evaluate, started: float, args: dict, commit: str, backend: str)
         "clone": clone,
         "evaluations": run.evaluations,
         "time": {
-            "total_s": time.time() - started,
+            "total_s": time.time() - run.started,
             "wm_updates_per_s": done["wm"] / max(seconds["wm"], 1e-9),
             "updates_per_s": done["policy"] / max(seconds["policy"], 1e-9),
             "imagined_rows_per_s": run.imagined_rows / max(seconds["imagine"], 1e-9),
-            **{f"{k}_s": v for k, v in seconds.items()},
+            **{f"{k}_s": v for k, v in seconds.items() if k != "total"},
         },
         "seed": run.args.seed,
     }
@@ -204,12 +202,14 @@ def table(final: dict, folder) -> str:
             f"{'nothing changes':24}{wm['persistence_state_mse']:8.4f}",
             f"rank correlation of u with the error {wm['u_error_spearman']:.2f}",
         ]
-    lines.append(f"\n{final['time']['total_s']:.0f} s; everything is in {folder}/final.json, run.png")
+    lines.append(
+        f"\n{final['time']['total_s']:.0f} s; everything is in {folder}/final.json, run.png"
+    )
     return "\n".join(lines)
 
 
 def draw(run, final: dict) -> None:
-    """run.png: return while training; the model's error along imagined steps; u against the error."""
+    """run.png: return while training, the model's error along imagined steps, u against error."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,0 +1,730 @@
+"""Every equation of the paper that is code, against a naive float64 loop written from the paper.
+
+Eq. (2)-(6) in logo_wm.py, Eq. (7) in buffer.py, Eq. (10)-(12) in macql.py. The loops take single
+weight matrices out of the modules and multiply row by row and agent by agent in numpy, so they
+check the batched per-agent layers, the standardisation and the shapes as well. What the paper asks
+over all joint actions (log-sum-exp, maximum, expectation) is found by enumerating them.
+"""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from buffer import Batch, SyntheticBuffer
+from logo_wm import LogoWM, gaussian_nll
+from macql import Actor, Critic, critic_loss, data_and_any, policy_loss
+
+B, N, O, S, A, HIDDEN = 5, 3, 4, 6, 3, 7  # noqa: E741
+CLOSE = {"rel": 1e-10, "abs": 1e-10}
+DEDUCE_FROM = ("obs", "obs+state", "obs+state+actions")
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_statistics() -> dict[str, torch.Tensor]:
+    result = {}
+    for name, shape in {"obs": (N, O), "state": (S,), "reward": ()}.items():
+        mean, std = torch.randn(shape), 0.5 + torch.rand(shape)
+        result |= {f"{name}_mean": mean, f"{name}_std": std}
+        result |= {f"{name}_min": mean - 0.5 * std, f"{name}_max": mean + 0.5 * std}
+    result["obs_std"][1, 2] = 1e-5  # columns that never vary are not blown up
+    result["state_std"][3] = 0.0
+    return result
+
+
+def make_batch(discrete: bool = True) -> Batch:
+    avail = (torch.rand(2, B, N, A) < 0.6).double()
+    avail[0, 0, 0] = torch.tensor([0.0, 0.0, 1.0])  # somebody with a single action left
+    avail[1, 1, 1] = torch.tensor([0.0, 1.0, 0.0])
+    avail[avail.sum(-1) == 0] = 1.0
+    choice = torch.multinomial(avail[0].flatten(0, 1), 1).view(B, N)
+    actions = F.one_hot(choice, A).double() if discrete else torch.rand(B, N, A) * 2 - 1
+    return Batch(
+        obs=torch.randn(B, N, O),
+        state=torch.randn(B, S),
+        actions=actions,
+        avail=avail[0] if discrete else None,
+        reward=torch.randn(B),
+        next_obs=torch.randn(B, N, O),
+        next_state=torch.randn(B, S),
+        next_avail=avail[1] if discrete else None,
+        terminated=torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0]),
+    )
+
+
+# ------------------------------------------------------------------ the networks, one row at a time
+
+
+def array(x) -> np.ndarray:
+    return x.detach().numpy().astype(np.float64)
+
+
+def perceptron(net, x: np.ndarray, member: int | None = None) -> np.ndarray:
+    """One input vector through one (member of a stacked) perceptron."""
+    layers = [layer for layer in net if hasattr(layer, "weight")]
+    for k, layer in enumerate(layers):
+        if member is None:
+            x = array(layer.weight) @ x + array(layer.bias)
+        else:
+            x = array(layer.weight[member]).T @ x + array(layer.bias[member, 0])
+        if k < len(layers) - 1:
+            x = np.maximum(x, 0.0)
+    return x
+
+
+def floored(std: np.ndarray) -> np.ndarray:
+    return np.where(std < 1e-3, 1.0, std)
+
+
+class NaiveWorldModel:
+    """The world model as the paper writes it: one row b, one agent i at a time."""
+
+    def __init__(self, model: LogoWM, statistics: dict[str, torch.Tensor], batch):
+        self.m, self.k = model, 2 if model.learn_variance else 1
+        stats = {k: array(v) for k, v in statistics.items()}
+
+        def standard(name, x):
+            return (array(x) - stats[f"{name}_mean"]) / floored(stats[f"{name}_std"])
+
+        self.stats, self.a = stats, array(batch.actions)
+        self.o, self.o_next = standard("obs", batch.obs), standard("obs", batch.next_obs)
+        self.s, self.s_next = standard("state", batch.state), standard("state", batch.next_state)
+        self.r = standard("reward", batch.reward)
+
+    def moments(self, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and log variance; the variance is 1, or lies softly within exp(-8) and exp(1)."""
+        if self.k == 1:
+            return out, np.zeros_like(out)
+        mean, v = np.split(out, 2)
+        v = 1.0 - np.log1p(np.exp(1.0 - v))
+        return mean, -8.0 + np.log1p(np.exp(v + 8.0))
+
+    def encode_p(self, b: int, i: int, o=None):
+        """E_p: h_s from s, h_oi from (o^i, a^i), and o_hat^i from both."""
+        o = self.o if o is None else o
+        h_s = np.maximum(perceptron(self.m.enc_state, self.s[b]), 0.0)
+        x = np.concatenate([o[b, i], self.a[b, i]])
+        h_o = np.maximum(perceptron(self.m.enc_obs, x, member=i), 0.0)
+        out = perceptron(self.m.enc_p, np.concatenate([h_s, h_o]), member=i)
+        mean, log_var = self.moments(out)
+        return o[b, i] + mean, log_var
+
+    def decode_d(self, b: int, o_hat: list[np.ndarray]) -> np.ndarray:
+        """R_d: (s', r') from all o_hat^i, and from what else this reading lets it see."""
+        x = list(o_hat)
+        if self.m.deduce_from != "obs":
+            x.append(self.s[b])
+        if self.m.deduce_from == "obs+state+actions":
+            x += list(self.a[b])
+        out = perceptron(self.m.dec_d, np.concatenate(x))
+        if self.m.deduce_from != "obs":
+            out[:S] += self.s[b]
+        return out
+
+    def encode_ps(self, b: int):
+        x = np.concatenate([self.s[b], *self.o[b], *self.a[b]])
+        mean, log_var = self.moments(perceptron(self.m.enc_ps, x))
+        mean = mean.copy()
+        mean[:S] += self.s[b]
+        return mean, log_var
+
+    def s_and_r(self, b: int) -> np.ndarray:
+        return np.append(self.s_next[b], self.r[b])
+
+
+def minus_log_normal(x, mean, log_var) -> float:
+    """-log N(x; mean, exp log_var), less log(2 pi)/2 a dimension, which no gradient sees."""
+    total = 0.0
+    for x_j, mean_j, log_var_j in zip(x, mean, log_var, strict=True):
+        variance = math.exp(log_var_j)
+        density = math.exp(-((x_j - mean_j) ** 2) / (2 * variance)) / math.sqrt(
+            2 * math.pi * variance
+        )
+        total += -math.log(density) - 0.5 * math.log(2 * math.pi)
+    return total
+
+
+def squared_distance(x, y) -> float:
+    return sum((x_j - y_j) ** 2 for x_j, y_j in zip(x, y, strict=True))
+
+
+def build(learn_variance=False, deduce_from="obs+state+actions", discrete=True):
+    statistics, batch = make_statistics(), make_batch(discrete)
+    batch.next_obs[:, 1, 2] = statistics["obs_mean"][1, 2] + 0.3  # the column with std 1e-5
+    model = LogoWM(
+        N, O, S, A, hidden=HIDDEN, discrete=discrete, statistics=statistics,
+        deduce_from=deduce_from, learn_variance=learn_variance,
+    )  # fmt: skip
+    return model, batch, NaiveWorldModel(model, statistics, batch)
+
+
+# ------------------------------------------------------------------------- Eq. (2)-(6), world model
+
+
+def test_gaussian_nll_is_the_normal_density_without_its_constant():
+    x, mean, log_var = torch.randn(3, B, O).unbind(0)
+    for v in (None, log_var):
+        for b in range(B):
+            expected = minus_log_normal(x[b], mean[b], torch.zeros(O) if v is None else v[b])
+            assert gaussian_nll(x, mean, v)[b].item() == pytest.approx(expected, **CLOSE)
+
+
+def test_learned_log_variance_stays_between_its_bounds_and_follows_its_input_inside():
+    model, _, _ = build(learn_variance=True)
+    raw = torch.linspace(-60, 60, 1001)
+    _, log_var = model.gaussian(torch.cat([torch.zeros(1001), raw]))
+    assert log_var.min() >= -8.0 and log_var.max() <= 1.001
+    assert (log_var.diff() >= 0).all() and log_var.max() - log_var.min() > 8.9
+    _, middle = model.gaussian(torch.tensor([0.0, -4.0]))
+    assert middle.item() == pytest.approx(-4.0, abs=0.05)
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+@pytest.mark.parametrize("learn_variance", [False, True])
+def test_eq_2_predictive_loss_equals_a_loop_over_rows_and_agents(learn_variance, discrete):
+    model, batch, naive = build(learn_variance, discrete=discrete)
+    expected = 0.0
+    for b in range(B):
+        for i in range(N):
+            o_hat, log_var = naive.encode_p(b, i)
+            encoder = minus_log_normal(naive.o_next[b, i], o_hat, log_var)
+            o_and_a = np.concatenate([naive.o[b, i], naive.a[b, i]])
+            decoder = squared_distance(o_and_a, perceptron(model.dec_p, o_hat, member=i))
+            expected += (encoder + decoder) / B
+    assert model.loss(batch)[1]["L_p"].item() == pytest.approx(expected, **CLOSE)
+
+
+@pytest.mark.parametrize("deduce_from", DEDUCE_FROM)
+@pytest.mark.parametrize("learn_variance", [False, True])
+def test_eq_3_deductive_loss_equals_a_loop_over_rows(learn_variance, deduce_from):
+    model, batch, naive = build(learn_variance, deduce_from)
+    expected = 0.0
+    for b in range(B):
+        out = perceptron(model.enc_d, naive.s_and_r(b))
+        mean, log_var = naive.moments(out)
+        encoder = sum(
+            minus_log_normal(
+                naive.o_next[b, i], mean[i * O : (i + 1) * O], log_var[i * O : (i + 1) * O]
+            )
+            for i in range(N)
+        )
+        joint = [mean[i * O : (i + 1) * O] for i in range(N)]
+        decoder = squared_distance(naive.s_and_r(b), naive.decode_d(b, joint))
+        expected += (encoder + decoder) / B
+    assert model.loss(batch)[1]["L_d"].item() == pytest.approx(expected, **CLOSE)
+
+
+@pytest.mark.parametrize("eq4_input", ["obs", "next_obs"])
+@pytest.mark.parametrize("deduce_from", DEDUCE_FROM)
+@pytest.mark.parametrize("learn_variance", [False, True])
+def test_eq_4_deduction_from_predictions_equals_a_loop(learn_variance, deduce_from, eq4_input):
+    model, batch, naive = build(learn_variance, deduce_from)
+    seen = naive.o if eq4_input == "obs" else naive.o_next
+    expected = 0.0
+    for b in range(B):
+        joint = [naive.encode_p(b, i, o=seen)[0] for i in range(N)]
+        expected += squared_distance(naive.s_and_r(b), naive.decode_d(b, joint)) / B
+    assert model.loss(batch, eq4_input)[1]["L_Rd"].item() == pytest.approx(expected, **CLOSE)
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+@pytest.mark.parametrize("deduce_from", DEDUCE_FROM)
+def test_eq_5_one_step_and_its_uncertainty_equal_a_loop(deduce_from, clamp):
+    model, batch, naive = build(learn_variance=True, deduce_from=deduce_from)
+    with torch.no_grad():  # far enough to leave the data's range, so that the clamp has work
+        model.enc_p[-1].bias += 0.4
+        model.dec_d[-1].bias += 0.4
+    out = model.step(batch.obs, batch.state, batch.actions, clamp)
+
+    def raw(name, x, index=...):
+        mean, std = naive.stats[f"{name}_mean"][index], floored(naive.stats[f"{name}_std"])[index]
+        low, high = naive.stats[f"{name}_min"][index], naive.stats[f"{name}_max"][index]
+        return np.clip(x * std + mean, low, high) if clamp else x * std + mean
+
+    touched = 0
+    for b in range(B):
+        joint = [naive.encode_p(b, i)[0] for i in range(N)]
+        deduced, (direct, _) = naive.decode_d(b, joint), naive.encode_ps(b)
+        u = math.sqrt(sum((direct[j] - deduced[j]) ** 2 for j in range(S)))
+        over = perceptron(model.over_head, deduced[:S])[0]
+        assert out["u"][b].item() == pytest.approx(u, **CLOSE)
+        assert out["terminated"][b].item() == pytest.approx(1 / (1 + math.exp(-over)), **CLOSE)
+        assert array(out["next_state"][b]) == pytest.approx(raw("state", deduced[:S]), **CLOSE)
+        assert array(out["direct_state"][b]) == pytest.approx(raw("state", direct[:S]), **CLOSE)
+        assert out["reward"][b].item() == pytest.approx(raw("reward", deduced[S]), **CLOSE)
+        assert out["direct_reward"][b].item() == pytest.approx(raw("reward", direct[S]), **CLOSE)
+        for i in range(N):
+            assert array(out["next_obs"][b, i]) == pytest.approx(
+                raw("obs", joint[i], index=i), **CLOSE
+            )
+            logits = perceptron(model.avail_head, joint[i], member=i)
+            allowed = [float(x > 0 or x == max(logits)) for x in logits]
+            assert out["next_avail"][b, i].tolist() == allowed
+            inside = joint[i] * floored(naive.stats["obs_std"])[i] + naive.stats["obs_mean"][i]
+            touched += int((inside > naive.stats["obs_max"][i]).sum())
+    assert touched > 0
+
+
+@pytest.mark.parametrize("learn_variance", [False, True])
+def test_eq_6_direct_loss_equals_a_loop_over_rows(learn_variance):
+    model, batch, naive = build(learn_variance)
+    expected = sum(minus_log_normal(naive.s_and_r(b), *naive.encode_ps(b)) for b in range(B)) / B
+    assert model.loss(batch)[1]["L_ps"].item() == pytest.approx(expected, **CLOSE)
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_the_objective_is_the_plain_sum_of_its_parts_and_the_heads_are_cross_entropies(discrete):
+    model, batch, naive = build(discrete=discrete)
+    total, parts = model.loss(batch)
+
+    def cross_entropy(logit, label):
+        p = 1 / (1 + math.exp(-logit))
+        return -math.log(p if label else 1 - p)
+
+    over = avail = 0.0
+    for b in range(B):
+        joint = [naive.encode_p(b, i)[0] for i in range(N)]
+        logit = perceptron(model.over_head, naive.decode_d(b, joint)[:S])[0]
+        over += cross_entropy(logit, batch.terminated[b]) / B
+        for i in range(N if discrete else 0):
+            logits = perceptron(model.avail_head, joint[i], member=i)
+            for j in range(A):
+                avail += cross_entropy(logits[j], batch.next_avail[b, i, j]) / (B * N * A)
+    assert parts["L_over"].item() == pytest.approx(over, **CLOSE)
+    assert parts["L_avail"].item() == pytest.approx(avail, **CLOSE)
+    assert set(parts) == {"L_p", "L_d", "L_Rd", "L_ps", "L_over", "L_avail"}
+    assert total.item() == pytest.approx(sum(v.item() for v in parts.values()), **CLOSE)
+
+
+# --------------------------------------------------------------------- Eq. (7), uncertainty weights
+
+
+def test_eq_7_weights_equal_a_loop_over_the_rows_that_are_kept():
+    horizon, rollouts, cap, retain = 3, 4, 1.5, 2
+    buffer = SyntheticBuffer(retain, horizon, rollouts, N, O, S, A, "cpu")
+    slots = [None] * retain
+    for c in range(3):
+        u = torch.randint(0, 24, (horizon, rollouts)) / 8  # 0 to 3: both ends of the clip
+        filled = (torch.rand(horizon, rollouts) < 0.7).double()
+        filled[0, 0], u[0, 0] = 1.0, 2.875
+        buffer.add(
+            {
+                "obs": torch.zeros(horizon + 1, rollouts, N, O),
+                "state": torch.zeros(horizon + 1, rollouts, S),
+                "avail": torch.ones(horizon + 1, rollouts, N, A),
+                "actions": torch.zeros(horizon, rollouts, N, A),
+                "reward": torch.zeros(horizon, rollouts),
+                "terminated": torch.zeros(horizon, rollouts),
+                "u": u,
+                "filled": filled,
+            },
+            cap,
+        )
+        slots[c % retain] = (u, filled)  # the third collection takes the place of the first
+        numerators = []
+        for slot in slots:
+            for h, m in itertools.product(range(horizon), range(rollouts)):
+                if slot is None or slot[1][h, m] == 0:
+                    numerators.append(0.0)
+                else:
+                    numerators.append(math.exp(min(max(cap - slot[0][h, m].item(), 0.0), cap)))
+        expected = [x / sum(numerators) for x in numerators]
+        w = np.diff(array(buffer.cdf), prepend=0.0)
+        assert w == pytest.approx(expected, abs=1e-12)
+        rows = [x for x in expected if x > 0]
+        share = 1 / (sum(x * x for x in rows) * len(rows))
+        assert buffer.ess.item() == pytest.approx(share, rel=1e-9)
+        assert max(rows) / min(rows) <= math.exp(cap) * (1 + 1e-9)
+
+
+# --------------------------------------------------------------------------- Eq. (10)-(12), policies
+
+GAMMA, ALPHA, LAMBDA = 0.9, 0.7, 1.3
+
+
+def build_policy(discrete=True, critics=2, shared=True):
+    stats, batch = make_statistics(), make_batch(discrete)
+    actor = Actor(stats["obs_mean"], stats["obs_std"], A, HIDDEN, discrete, shared)
+    of_data = [stats[k] for k in ("obs_mean", "obs_std", "state_mean", "state_std")]
+    critic, target = (Critic(*of_data, A, HIDDEN, discrete, critics) for _ in range(2))
+    with torch.no_grad():  # fresh networks are nearly constant: make the actions matter
+        for net in (actor, critic, target):
+            for p in net.parameters():
+                p.mul_(2.0)
+    is_real = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])
+    return SimpleNamespace(
+        stats={k: array(v) for k, v in stats.items()},
+        batch=batch, actor=actor, critic=critic, target=target, is_real=is_real,
+    )  # fmt: skip
+
+
+def standard(case, name, x):
+    return (array(x) - case.stats[f"{name}_mean"]) / floored(case.stats[f"{name}_std"])
+
+
+def naive_pi(case, obs, avail, b) -> np.ndarray:
+    """(N,A): masked softmax, or tanh, of each agent's own network."""
+    rows = []
+    for i in range(N):
+        x = standard(case, "obs", obs[b])[i]
+        if case.actor.shared:
+            x = np.concatenate([x, [float(i == j) for j in range(N)]])
+        z = perceptron(case.actor.net, x, member=0 if case.actor.shared else i)
+        if case.actor.discrete:
+            z = [math.exp(z[j]) if avail[b, i, j] == 1 else 0.0 for j in range(A)]
+            rows.append(np.array(z) / sum(z))
+        else:
+            rows.append(np.array([math.tanh(z_j) for z_j in z]))
+    return np.stack(rows)
+
+
+def naive_utilities(case, critic, obs, state, b, k) -> np.ndarray:
+    """(N,A): q_i(s, o^i, .) of critic k."""
+    s, o = standard(case, "state", state[b]), standard(case, "obs", obs[b])
+    number = np.eye(N)
+    return np.stack(
+        [perceptron(critic.net, np.concatenate([s, o[i], number[i]]), member=k) for i in range(N)]
+    )
+
+
+def naive_value(case, critic, state, actions, b, k) -> float:
+    """Q_k(s, a) of a continuous joint action (N,A)."""
+    x = np.concatenate([standard(case, "state", state[b]), *np.asarray(actions)])
+    return perceptron(critic.net, x, member=k)[0]
+
+
+def joint_actions(avail, b):
+    """Every joint action that may be taken, as a tuple of one action number an agent."""
+    return itertools.product(*[[j for j in range(A) if avail[b, i, j] == 1] for i in range(N)])
+
+
+def value_of(q: np.ndarray, joint: tuple) -> float:
+    return sum(q[i, a] for i, a in enumerate(joint))
+
+
+def naive_critic_loss(
+    case, conservative="logsumexp", conservative_on="real", backup="policy", bellman_on="both"
+):
+    """Eq. (10) and (11) for discrete actions, over joint actions; (loss, regularisation, bellman)."""
+    batch, k_all = case.batch, range(case.critic.critics)
+    real = [b for b in range(B) if case.is_real[b] == 1]
+    y, any_, data = np.zeros(B), np.zeros((len(k_all), B)), np.zeros((len(k_all), B))
+    for b in range(B):
+        nexts = [
+            naive_utilities(case, case.target, batch.next_obs, batch.next_state, b, k)
+            for k in k_all
+        ]
+        if backup == "max":
+            best = max(
+                joint_actions(batch.next_avail, b),
+                key=lambda joint, nexts=nexts: sum(value_of(q, joint) for q in nexts),
+            )
+            v = min(value_of(q, best) for q in nexts)
+        else:
+            pi = naive_pi(case, batch.next_obs, batch.next_avail, b)
+            v = min(
+                sum(
+                    math.prod(pi[i, a] for i, a in enumerate(joint)) * value_of(q, joint)
+                    for joint in joint_actions(batch.next_avail, b)
+                )
+                for q in nexts
+            )
+        y[b] = batch.reward[b] + GAMMA * (1 - batch.terminated[b]) * v
+        pi = naive_pi(case, batch.obs, batch.avail, b)
+        taken = tuple(batch.actions[b].argmax(-1).tolist())
+        for k in k_all:
+            q = naive_utilities(case, case.critic, batch.obs, batch.state, b, k)
+            every = list(joint_actions(batch.avail, b))
+            data[k, b] = value_of(q, taken)
+            if conservative == "logsumexp":
+                any_[k, b] = math.log(sum(math.exp(value_of(q, joint)) for joint in every))
+            else:
+                any_[k, b] = sum(
+                    math.prod(pi[i, a] for i, a in enumerate(joint)) * value_of(q, joint)
+                    for joint in every
+                )
+    down = range(B) if conservative_on == "both" else real
+    rows = range(B) if bellman_on == "both" else real
+    regularisation = bellman = 0.0
+    for k in k_all:
+        regularisation += np.mean([any_[k, b] for b in down]) - np.mean([data[k, b] for b in real])
+        bellman += 0.5 * np.mean([(data[k, b] - y[b]) ** 2 for b in rows])
+    return ALPHA * regularisation + bellman, regularisation, bellman
+
+
+def test_the_policies_are_masked_softmaxes_of_each_agents_own_observation():
+    for shared in (True, False):
+        case = build_policy(shared=shared)
+        pi = array(case.actor(case.batch.obs, case.batch.avail))
+        for b in range(B):
+            assert pi[b] == pytest.approx(
+                naive_pi(case, case.batch.obs, case.batch.avail, b), **CLOSE
+            )
+
+
+@pytest.mark.parametrize("critics", [1, 2, 3])
+def test_the_log_sum_exp_over_all_joint_actions_is_exact(critics):
+    case = build_policy(critics=critics)
+    batch = case.batch
+    data, every = data_and_any(case.critic, batch, case.actor, torch.Generator())
+    assert data.shape == every.shape == (critics, B)
+    for b, k in itertools.product(range(B), range(critics)):
+        q = naive_utilities(case, case.critic, batch.obs, batch.state, b, k)
+        joint = list(joint_actions(batch.avail, b))
+        expected = math.log(sum(math.exp(value_of(q, a)) for a in joint))
+        taken = tuple(batch.actions[b].argmax(-1).tolist())
+        assert taken in joint
+        assert every[k, b].item() == pytest.approx(expected, **CLOSE)
+        assert data[k, b].item() == pytest.approx(value_of(q, taken), **CLOSE)
+
+
+LITERAL = [
+    {},
+    {"conservative": "expectation"},
+    {"conservative_on": "both"},
+    {"backup": "max"},
+    {"bellman_on": "real"},
+    {
+        "conservative": "expectation",
+        "conservative_on": "both",
+        "backup": "max",
+        "bellman_on": "real",
+    },
+]
+
+
+@pytest.mark.parametrize("critics", [1, 2])
+@pytest.mark.parametrize("options", LITERAL, ids=lambda o: "+".join(o.values()) or "default")
+def test_eq_10_and_11_equal_a_loop_over_rows_critics_and_joint_actions(options, critics):
+    case = build_policy(critics=critics)
+    loss, parts = critic_loss(
+        case.critic, case.target, case.actor, case.batch, case.is_real, GAMMA, ALPHA,
+        torch.Generator(), **options,
+    )  # fmt: skip
+    expected, regularisation, bellman = naive_critic_loss(case, **options)
+    assert parts["gap"].item() == pytest.approx(regularisation, **CLOSE)
+    assert parts["td"].item() == pytest.approx(bellman, **CLOSE)
+    assert loss.item() == pytest.approx(expected, **CLOSE)
+
+
+def test_the_options_of_eq_10_and_11_differ_from_each_other_on_this_batch():
+    case = build_policy()
+    values = [naive_critic_loss(case, **options)[0] for options in LITERAL]
+    assert min(abs(x - y) for x, y in itertools.combinations(values, 2)) > 1e-3
+
+
+def test_the_maximum_of_eq_11_is_the_best_joint_action_that_may_be_taken():
+    case = build_policy(critics=1)
+    batch, bellman = case.batch, 0.0
+    for b in range(B):
+        after = naive_utilities(case, case.target, batch.next_obs, batch.next_state, b, 0)
+        best = max(value_of(after, joint) for joint in joint_actions(batch.next_avail, b))
+        y = batch.reward[b].item() + GAMMA * (1 - batch.terminated[b].item()) * best
+        now = naive_utilities(case, case.critic, batch.obs, batch.state, b, 0)
+        taken = tuple(batch.actions[b].argmax(-1).tolist())
+        bellman += 0.5 * (value_of(now, taken) - y) ** 2 / B
+    _, parts = critic_loss(
+        case.critic, case.target, case.actor, batch, case.is_real, GAMMA, ALPHA,
+        torch.Generator(), backup="max",
+    )  # fmt: skip
+    assert parts["td"].item() == pytest.approx(bellman, **CLOSE)
+
+
+@pytest.mark.parametrize("bc_on", ["real", "both"])
+@pytest.mark.parametrize("normalise_q", [False, True])
+@pytest.mark.parametrize("discrete", [True, False])
+def test_eq_12_equals_a_loop_over_rows_and_agents(discrete, normalise_q, bc_on):
+    case = build_policy(discrete)
+    batch, value, distance = case.batch, np.zeros(B), np.zeros((B, N))
+    for b in range(B):
+        pi = naive_pi(case, batch.obs, batch.avail, b)
+        for k in range(2):
+            if discrete:
+                q = naive_utilities(case, case.critic, batch.obs, batch.state, b, k)
+                for joint in joint_actions(batch.avail, b):
+                    chance = math.prod(pi[i, a] for i, a in enumerate(joint))
+                    value[b] += chance * value_of(q, joint) / 2
+            else:
+                value[b] += naive_value(case, case.critic, batch.state, pi, b, k) / 2
+        for i in range(N):
+            distance[b, i] = squared_distance(pi[i], array(batch.actions[b, i]))
+    rows = [b for b in range(B) if bc_on == "both" or case.is_real[b] == 1]
+    cloning = np.mean([distance[b, i] for b in rows for i in range(N)])
+    scale = np.mean([abs(v) for v in value]) if normalise_q else 1.0
+    gain = np.mean(value) / scale - LAMBDA * cloning
+    loss, parts = policy_loss(
+        case.actor, case.critic, batch, case.is_real, LAMBDA, normalise_q, bc_on
+    )
+    assert loss.item() == pytest.approx(-gain, **CLOSE)
+    assert parts["bc"].item() == pytest.approx(cloning, **CLOSE)
+    alone, _ = policy_loss(case.actor, None, batch, case.is_real, LAMBDA, normalise_q, bc_on)
+    assert alone.item() == pytest.approx(LAMBDA * cloning, **CLOSE)
+
+
+# ---------------------------------------------------------------------------- continuous actions
+
+
+def continuous_terms(case, backup="policy"):
+    """Values of the data's actions (K,B) and Bellman targets (B,) of a continuous batch."""
+    batch, critics = case.batch, range(case.critic.critics)
+    data, y = np.zeros((len(critics), B)), np.zeros(B)
+    for b in range(B):
+        following = naive_pi(case, batch.next_obs, None, b)
+        v = min(naive_value(case, case.target, batch.next_state, following, b, k) for k in critics)
+        y[b] = batch.reward[b] + GAMMA * (1 - batch.terminated[b]) * v
+        for k in critics:
+            actions = array(batch.actions[b])
+            data[k, b] = naive_value(case, case.critic, batch.state, actions, b, k)
+    return data, y
+
+
+@pytest.mark.parametrize("backup", ["policy", "max"])
+@pytest.mark.parametrize("critics", [1, 2])
+def test_the_bellman_error_of_continuous_actions_equals_a_loop(critics, backup):
+    case = build_policy(discrete=False, critics=critics)
+    data, y = continuous_terms(case)
+    loss, parts = critic_loss(
+        case.critic, case.target, case.actor, case.batch, case.is_real, GAMMA, ALPHA,
+        torch.Generator().manual_seed(0), backup=backup,
+    )  # fmt: skip
+    bellman = sum(0.5 * np.mean((data[k] - y) ** 2) for k in range(critics))
+    assert parts["td"].item() == pytest.approx(bellman, **CLOSE)
+    assert parts["data"].item() == pytest.approx(data.mean(), **CLOSE)
+    assert loss.shape == () and torch.isfinite(loss)
+    assert loss.item() == pytest.approx(ALPHA * parts["gap"].item() + bellman, **CLOSE)
+
+
+def test_the_literal_conservative_term_of_continuous_actions_equals_a_loop():
+    case = build_policy(discrete=False)
+    data, _ = continuous_terms(case)
+    gap = 0.0
+    for k in range(2):
+        pi = [naive_pi(case, case.batch.obs, None, b) for b in range(B)]
+        any_ = [naive_value(case, case.critic, case.batch.state, pi[b], b, k) for b in range(B)]
+        gap += np.mean(any_) - np.mean([data[k, b] for b in range(B) if case.is_real[b] == 1])
+    _, parts = critic_loss(
+        case.critic, case.target, case.actor, case.batch, case.is_real, GAMMA, ALPHA,
+        torch.Generator().manual_seed(0), conservative="expectation", conservative_on="both",
+    )  # fmt: skip
+    assert parts["gap"].item() == pytest.approx(gap, **CLOSE)
+
+
+class Stub:
+    """A continuous critic of one network, given as a function of the joint action (rows,N,A)."""
+
+    discrete, critics = False, 1
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, obs, state, actions):
+        assert len(obs) == len(state) == len(actions)
+        return self.value(actions).unsqueeze(0)
+
+
+def still_actor(obs, avail):
+    return torch.zeros(len(obs), N, A)
+
+
+def log_normal(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    density = torch.exp(-((x / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))
+    return density.log().sum((-2, -1))
+
+
+def test_uniform_draws_weigh_the_whole_volume_of_the_actions():
+    # The draws of the policy (the last two thirds) are worth exp(-inf) here, the uniform ones e^c:
+    # what is left of the mean over all draws is a third of e^c times the volume 2^(N A).
+    batch, samples, c = make_batch(discrete=False), 10, 1.7
+
+    def value(actions):
+        q = torch.full((len(actions),), c)
+        q[samples * B :] = -math.inf
+        return q
+
+    case = build_policy(discrete=False)
+    _, every = data_and_any(Stub(value), batch, case.actor, torch.Generator(), samples)
+    expected = c + N * A * math.log(2.0) - math.log(3.0)
+    assert every.flatten().tolist() == pytest.approx([expected] * B, **CLOSE)
+
+
+def test_policy_draws_are_weighted_with_the_density_they_come_from():
+    # exp Q is the density that the policy's draws have: each of them must count exactly 1.
+    batch, samples = make_batch(discrete=False), 10
+
+    def value(actions):
+        q = log_normal(actions, 0.2)
+        q[: samples * B] = -math.inf
+        return q
+
+    generator = torch.Generator().manual_seed(0)
+    _, every = data_and_any(Stub(value), batch, still_actor, generator, samples)
+    assert every.flatten().tolist() == pytest.approx([math.log(2 / 3)] * B, abs=1e-9)
+
+
+def test_the_estimated_log_sum_exp_finds_a_known_integral():
+    # exp Q is a normal density well inside the box: it integrates to 1. One agent's two torques.
+    batch = SimpleNamespace(
+        obs=torch.zeros(4, 1, O), state=torch.zeros(4, S), next_obs=torch.zeros(4, 1, O),
+        actions=torch.zeros(4, 1, 2),
+    )  # fmt: skip
+    critic = Stub(lambda actions: 3.0 + log_normal(actions, 0.2))
+    generator = torch.Generator().manual_seed(0)
+    _, every = data_and_any(
+        critic, batch, lambda obs, avail: torch.zeros(len(obs), 1, 2), generator, 20_000
+    )
+    assert every.flatten().tolist() == pytest.approx([3.0] * 4, abs=0.02)
+
+
+def test_a_critic_that_ignores_the_actions_gives_its_value_plus_the_same_volume_everywhere():
+    case = build_policy(discrete=False)
+    with torch.no_grad():
+        case.critic.net[0].weight[:, S:] = 0.0
+    generator = torch.Generator().manual_seed(0)
+    data, every = data_and_any(case.critic, case.batch, case.actor, generator, samples=50)
+    volume = every - data  # the critic's constant cancels; (K,B), the same for both critics
+    assert volume[0].tolist() == pytest.approx(volume[1].tolist(), **CLOSE)
+    log_box = N * A * math.log(2.0)
+    assert (volume > log_box - math.log(3.0) - 1e-9).all()  # the uniform third is exact
+    assert (volume < log_box + 1.0).all()
+    with torch.no_grad():
+        case.critic.net[-1].bias += 2.5
+    generator = torch.Generator().manual_seed(0)
+    _, higher = data_and_any(case.critic, case.batch, case.actor, generator, samples=50)
+    assert (higher - every).flatten().tolist() == pytest.approx([2.5] * 2 * B, **CLOSE)
+
+
+def test_the_estimated_log_sum_exp_equals_a_loop_over_the_same_draws():
+    case, samples, sigma = build_policy(discrete=False), 4, 0.2
+    batch = case.batch
+    _, every = data_and_any(
+        case.critic, batch, case.actor, torch.Generator().manual_seed(3), samples
+    )
+    replay = torch.Generator().manual_seed(3)
+    uniform = torch.rand(samples, B, N, A, generator=replay) * 2 - 1
+    noises = [torch.randn(samples, B, N, A, generator=replay) for _ in range(2)]
+    for b, k in itertools.product(range(B), range(2)):
+        terms = []
+        for m in range(samples):
+            q = naive_value(case, case.critic, batch.state, array(uniform[m, b]), b, k)
+            terms.append(math.exp(q) / 0.5 ** (N * A))
+            for noise, obs in zip(noises, (batch.obs, batch.next_obs), strict=True):
+                z = array(noise[m, b])
+                a = np.clip(naive_pi(case, obs, None, b) + sigma * z, -1, 1)
+                density = math.prod(
+                    math.exp(-(x**2) / 2) / (sigma * math.sqrt(2 * math.pi)) for x in z.flatten()
+                )
+                terms.append(
+                    math.exp(naive_value(case, case.critic, batch.state, a, b, k)) / density
+                )
+        assert every[k, b].item() == pytest.approx(math.log(np.mean(terms)), **CLOSE)
