@@ -160,8 +160,11 @@ def read_episodes(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, dict]:
             episode = np.searchsorted(np.cumsum(lengths + 1), row, side="right")
             raise ValueError(f"{path}: key {key}, episode {episode}: NaN or infinity in it.")
     choice, avail = columns["actions"][..., 0], columns.pop("avail_actions")  # (R,N), (R,N,A)
-    if choice.min() < 0 or choice.max() >= avail.shape[-1]:
-        raise ValueError(f"{path}: key actions: {choice.max()} of {avail.shape[-1]} actions.")
+    unknown = choice[(choice < 0) | (choice >= avail.shape[-1])]
+    if len(unknown):
+        raise ValueError(
+            f"{path}: key actions: {unknown[0]}, but avail_actions has 0 to {avail.shape[-1] - 1}."
+        )
     last = np.zeros(len(choice), bool)
     last[np.cumsum(lengths + 1) - 1] = True
     forbidden = (np.take_along_axis(avail, choice[..., None], -1)[..., 0] == 0) & ~last[:, None]

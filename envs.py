@@ -116,31 +116,31 @@ def _compile_smax(env_id: str) -> tuple:
         attack_mode="closest",
     )
 
-    def view(state, obs):
-        mask = env.get_avail_actions(state)
+    def view(state):
+        obs, mask = env.get_obs(state), env.get_avail_actions(state)
         stacked = jax.numpy.stack([obs[a] for a in env.agents])  # (N,O)
         avail = jax.numpy.stack([mask[a] for a in env.agents]).astype(jax.numpy.float32)
-        return stacked, obs["world_state"], avail
+        return stacked, env.get_world_state(state), avail
 
     def reset_one(seed, slot):
         key, start = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(seed), slot))
-        obs, state = env.reset(start)
+        _, state = env.reset(start)
         # Strong types: else the first step would be compiled twice, for weak and for strong ones.
         state = jax.tree.map(lambda x: jax.numpy.asarray(x, x.dtype), state)
-        return (key, state), view(state, obs)
+        return (key, state), view(state)
 
     def step_one(carry, action, over):
         key, state = carry
         key, sub = jax.random.split(key)
         actions = {a: action[i] for i, a in enumerate(env.agents)}
-        obs, after, reward, _, _ = env.step_env(sub, state, actions)
+        _, after, reward, _, _ = env.step_env(sub, state, actions)
         # A finished slot stands still; SMAX itself would let the dead fight on.
         after = jax.tree.map(lambda old, new: jax.numpy.where(over, old, new), state, after)
         alive = after.state.unit_alive
         lost, beaten = ~alive[: env.num_allies].any(), ~alive[env.num_allies :].any()
         reward = jax.numpy.where(over, 0.0, reward[env.agents[0]] * SMAX_REWARD_SCALE)
         ended = (lost | beaten, after.state.step >= env.max_steps, beaten & ~lost)
-        return (key, after), (*view(after, obs), reward, *ended)
+        return (key, after), (*view(after), reward, *ended)
 
     return env, jax.jit(jax.vmap(reset_one, (None, 0))), jax.jit(jax.vmap(step_one))
 

@@ -131,8 +131,8 @@ class LogoWM(nn.Module):
         if not self.learn_variance:
             return x, None
         mean, log_var = x.chunk(2, -1)
-        log_var = 1.0 - F.softplus(1.0 - log_var)  # at most 1: NLL cannot flatten a hard column
-        return mean, -8.0 + F.softplus(log_var + 8.0)  # at least -8: nor bet all on a constant one
+        log_var = 1.0 - F.softplus(1.0 - log_var)  # below 1: NLL cannot flatten a hard column
+        return mean, -8.0 + F.softplus(log_var + 8.0)  # above -8: nor bet all on a constant one
 
     def predict(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor):
         """E_p: mean and log variance of o_hat (B,N,O). All arguments standardised."""

@@ -104,13 +104,18 @@ class Actor(nn.Module):
         return F.one_hot(pi.argmax(-1), pi.shape[-1]).to(pi) if self.discrete else pi
 
     @torch.no_grad()
-    def explore(self, obs, avail, generator: torch.Generator, noise: float = 0.1) -> torch.Tensor:
-        """(B,N,A): one action drawn from the policy; a continuous one plus Gaussian noise."""
+    def explore(self, obs, avail, generator: torch.Generator, epsilon: float = 0.1) -> torch.Tensor:
+        """(B,N,A): one action drawn from the policy, with a share `epsilon` of exploration.
+
+        Discrete: with probability epsilon any allowed action, all alike. Continuous: Gaussian noise
+        of standard deviation epsilon.
+        """
         pi = self(obs, avail)
         shape, device = pi.shape, pi.device
         if not self.discrete:
-            push = torch.randn(shape, generator=generator, device=device)
-            return (pi + noise * push).clamp(-1, 1)
+            noise = torch.randn(shape, generator=generator, device=device)
+            return (pi + epsilon * noise).clamp(-1, 1)
+        pi = (1 - epsilon) * pi + epsilon * avail / avail.sum(-1, keepdim=True)
         # The largest pi_a / Exp(1) falls on a with probability pi_a: a draw without a host sync
         clock = torch.empty(shape, device=device).exponential_(generator=generator)
         return F.one_hot((pi / clock).argmax(-1), shape[-1]).to(pi)

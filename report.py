@@ -103,7 +103,7 @@ def rollout_sanity(model: LogoWM, clone, data: OfflineDataset, horizon: int, cou
     rows = data.train[pick]
     start = data.gather(rows)
     out = model.imagine(
-        lambda obs, avail: clone.explore(obs, avail, rng),
+        lambda obs, avail: clone.explore(obs, avail, rng, epsilon=0.0),
         start.obs, start.state, start.avail, horizon, rng,
     )  # fmt: skip
     on = out["filled"].bool()  # (H,B)

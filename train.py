@@ -83,6 +83,8 @@ class Args:
     # Imagination, Phase 2
     horizon: int = 15
     """H, steps of an imagined rollout [Sec. 5.1]"""
+    epsilon: float = 0.1
+    """share of random actions (continuous: noise) in a rollout; the paper's letter: 0 [ours]"""
     rollouts: int = 1_000
     """M, rollouts a collection, from real rows drawn uniformly [ours]"""
     collect_every: int = 500
@@ -267,7 +269,7 @@ def imagine(run: Run, actor: Actor) -> None:
     args, started = run.args, time.time()
     start = run.data.sample(args.rollouts, run.rng)
     rollout = run.world_model.imagine(
-        lambda obs, avail: actor.explore(obs, avail, run.rng),
+        lambda obs, avail: actor.explore(obs, avail, run.rng, args.epsilon),
         start.obs, start.state, start.avail, args.horizon, run.rng, args.heads, args.clamp,
     )  # fmt: skip
     if args.uncertainty == "penalty":

@@ -348,7 +348,7 @@ def test_eq_7_weights_equal_a_loop_over_the_rows_that_are_kept():
         assert max(rows) / min(rows) <= math.exp(cap) * (1 + 1e-9)
 
 
-# --------------------------------------------------------------------------- Eq. (10)-(12), policies
+# ------------------------------------------------------------------------- Eq. (10)-(12), policies
 
 GAMMA, ALPHA, LAMBDA = 0.9, 0.7, 1.3
 
@@ -416,7 +416,7 @@ def value_of(q: np.ndarray, joint: tuple) -> float:
 def naive_critic_loss(
     case, conservative="logsumexp", conservative_on="real", backup="policy", bellman_on="both"
 ):
-    """Eq. (10) and (11) for discrete actions, over joint actions; (loss, regularisation, bellman)."""
+    """Eq. (10), (11) over discrete joint actions: (loss, regularisation, Bellman error)."""
     batch, k_all = case.batch, range(case.critic.critics)
     real = [b for b in range(B) if case.is_real[b] == 1]
     y, any_, data = np.zeros(B), np.zeros((len(k_all), B)), np.zeros((len(k_all), B))

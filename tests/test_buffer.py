@@ -1,0 +1,273 @@
+"""The offline dataset's rows and split, and the synthetic buffer's draws against Eq. (7).
+
+Each row carries its own number in every column, so a batch tells which rows it was made of. Drawn
+frequencies are compared with Eq. (7), computed row by row in plain Python, by chi-square tests.
+"""
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+
+from buffer import Batch, OfflineDataset, SyntheticBuffer, mix
+
+N, O, S, A = 2, 3, 4, 5  # noqa: E741
+
+
+# ---------------------------------------------------------------------------------- OfflineDataset
+
+LENGTHS = [4, 1, 7, 3, 3, 9, 2, 5, 1, 6] * 3
+
+
+def make_dataset(lengths=LENGTHS, avail=True, extra_rows=0, **options) -> OfflineDataset:
+    rows = sum(lengths) + len(lengths) + extra_rows
+    number = torch.arange(rows).float()
+    return OfflineDataset(
+        obs=number[:, None, None] + torch.arange(N * O).view(N, O) / 16,
+        state=number[:, None] + torch.arange(S) / 16,
+        actions=number[:, None, None].expand(-1, N, A),
+        avail=-number[:, None, None].expand(-1, N, A) if avail else None,
+        reward=number * 2,
+        terminated=number * 3,
+        lengths=lengths,
+        **options,
+    )
+
+
+def last_rows(lengths) -> set[int]:
+    rows, end = set(), -1
+    for n in lengths:
+        end += n + 1
+        rows.add(end)
+    return rows
+
+
+def episode_of(lengths) -> list[int]:
+    return [e for e, n in enumerate(lengths) for _ in range(n + 1)]
+
+
+def test_gather_returns_a_row_and_its_successor():
+    data, rows = make_dataset(), torch.tensor([0, 3, 5, 7])
+    batch = data.gather(rows)
+    assert torch.equal(batch.state[:, 0], rows.float())
+    assert torch.equal(batch.next_state, batch.state + 1)
+    assert torch.equal(batch.next_obs, batch.obs + 1)
+    assert torch.equal(batch.obs[:, 1, 2], rows + 5 / 16)
+    assert torch.equal(batch.next_avail, batch.avail - 1)
+    assert torch.equal(batch.actions[:, 0, 0], rows.float())
+    assert torch.equal(batch.reward, rows * 2.0) and torch.equal(batch.terminated, rows * 3.0)
+
+
+def test_continuous_data_have_no_mask():
+    batch = make_dataset(avail=False).gather(torch.tensor([0, 1]))
+    assert batch.avail is None and batch.next_avail is None
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("holdout", [0.05, 0.3])
+def test_the_split_is_by_episode_and_covers_every_transition_once(holdout, seed):
+    data = make_dataset(holdout=holdout, seed=seed)
+    train, held_out = data.train.tolist(), data.held_out.tolist()
+    starts = set(range(len(data.obs))) - last_rows(LENGTHS)
+    assert sorted(train + held_out) == sorted(starts)  # no last row, nothing twice, nothing lost
+    episode = episode_of(LENGTHS)
+    parts = [{episode[r] for r in rows} for rows in (train, held_out)]
+    assert not parts[0] & parts[1]
+    assert len(parts[1]) == max(1, round(holdout * len(LENGTHS)))
+
+
+def test_at_least_one_episode_is_held_out_and_the_seed_chooses_which():
+    choices = [make_dataset(holdout=0.0, seed=k).held_out.tolist() for k in (3, 3, 4, 5, 6)]
+    assert all(choices) and choices[0] == choices[1]
+    assert any(c != choices[0] for c in choices[2:])
+
+
+def test_sample_draws_training_transitions_alone_and_all_alike():
+    data, draws = make_dataset(holdout=0.3, seed=1), 40_000
+    batch = data.sample(draws, torch.Generator().manual_seed(0))
+    counts = torch.bincount(batch.state[:, 0].long(), minlength=len(data.obs))
+    assert counts.sum() == draws == counts[data.train].sum()
+    assert scipy.stats.chisquare(counts[data.train].double()).pvalue > 1e-3
+    assert torch.equal(batch.next_state, batch.state + 1)
+
+
+def test_statistics_are_of_the_training_rows_alone():
+    data = make_dataset(holdout=0.3, seed=1)
+    data.obs[data.held_out] = 1e6
+    data.state[data.held_out] = -1e6
+    data.reward[data.held_out] = 1e6
+    stats, rows = data.statistics(), data.train.tolist()
+    for name, column in (("obs", data.obs), ("state", data.state), ("reward", data.reward)):
+        values = torch.stack([column[r] for r in rows]).double()
+        mean = sum(values) / len(rows)
+        std = (sum((v - mean) ** 2 for v in values) / (len(rows) - 1)).sqrt()
+        torch.testing.assert_close(stats[f"{name}_mean"].double(), mean, rtol=1e-5, atol=0)
+        torch.testing.assert_close(stats[f"{name}_std"].double(), std, rtol=1e-5, atol=0)
+        assert torch.equal(stats[f"{name}_min"].double(), values.min(0).values)
+        assert torch.equal(stats[f"{name}_max"].double(), values.max(0).values)
+    assert {k: v.shape for k, v in stats.items() if "mean" in k} == {
+        "obs_mean": (N, O), "state_mean": (S,), "reward_mean": (),
+    }  # fmt: skip
+
+
+def test_episode_returns_leave_out_the_reward_of_the_last_observation():
+    lengths = [2, 3]  # rows 0 1 (2), 3 4 5 (6), rewards twice the row's number
+    assert make_dataset(lengths).episode_returns.tolist() == [2.0, 24.0]
+
+
+def test_lengths_that_do_not_fit_the_rows_are_refused():
+    with pytest.raises(ValueError, match=f"need {sum(LENGTHS) + 30} rows, not {sum(LENGTHS) + 31}"):
+        make_dataset(extra_rows=1)
+    with pytest.raises(ValueError, match="1 episodes: at least two"):
+        make_dataset([5])
+
+
+# --------------------------------------------------------------------------------- SyntheticBuffer
+
+HORIZON, ROLLOUTS, RETAIN = 3, 4, 2
+PER_COLLECTION = (HORIZON + 1) * ROLLOUTS
+
+
+def make_rollout(c: int, generator, avail=True) -> dict[str, torch.Tensor]:
+    """Collection c, its rows numbered from c * PER_COLLECTION on."""
+    number = (c * PER_COLLECTION + torch.arange(PER_COLLECTION)).view(HORIZON + 1, ROLLOUTS).float()
+    return {
+        "obs": number[..., None, None].expand(-1, -1, N, O),
+        "state": number[..., None].expand(-1, -1, S),
+        "avail": number[..., None, None].expand(-1, -1, N, A) if avail else None,
+        "actions": number[:-1, :, None, None].expand(-1, -1, N, A),
+        "reward": number[:-1] * 2,
+        "terminated": number[:-1] * 3,
+        "u": torch.rand(HORIZON, ROLLOUTS, generator=generator) * 3,
+        "filled": (torch.rand(HORIZON, ROLLOUTS, generator=generator) < 0.7).float(),
+    }
+
+
+def fill(collections: int, cap: float, weighted: bool = True):
+    """A buffer after so many collections, and its rows' weights by Eq. (7): {number: w}."""
+    g = torch.Generator().manual_seed(5)
+    buffer, kept = SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu"), {}
+    for c in range(collections):
+        rollout = make_rollout(c, g)
+        buffer.add(rollout, cap, weighted)
+        if c < collections - RETAIN:
+            continue  # overwritten in the end
+        for h in range(HORIZON):
+            for m in range(ROLLOUTS):
+                p_u = min(max(cap - rollout["u"][h, m].item(), 0.0), cap) if weighted else 0.0
+                number = c * PER_COLLECTION + h * ROLLOUTS + m
+                kept[number] = math.exp(p_u) if rollout["filled"][h, m] else 0.0
+    total = sum(kept.values())
+    return buffer, {number: w / total for number, w in kept.items()}
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("collections", [1, 2, 3, 5])
+def test_rows_are_drawn_as_eq_7_says_through_the_wrap_around(collections, weighted):
+    buffer, expected = fill(collections, cap=2.0, weighted=weighted)
+    draws = 40_000
+    batch = buffer.sample(draws, torch.Generator().manual_seed(0))
+    counts = torch.bincount(batch.state[:, 0].long(), minlength=6 * PER_COLLECTION)
+    valid = {number: w for number, w in expected.items() if w > 0}
+    assert 0 < len(valid) < len(expected)
+    if not weighted:
+        assert len(set(valid.values())) == 1
+    assert counts[list(valid)].sum() == draws  # nothing unfilled, overwritten or beyond the horizon
+    frequencies = [w * draws for w in valid.values()]
+    assert scipy.stats.chisquare(counts[list(valid)].double(), frequencies).pvalue > 1e-3
+
+
+def test_the_successor_of_a_drawn_row_is_the_next_step_of_the_same_rollout():
+    buffer, _ = fill(5, cap=2.0)
+    batch = buffer.sample(2000, torch.Generator().manual_seed(0))
+    now = batch.state[:, 0]
+    assert torch.equal(batch.next_state, batch.state + ROLLOUTS)
+    assert torch.equal(batch.next_obs, batch.obs + ROLLOUTS)
+    assert torch.equal(batch.next_avail, batch.avail + ROLLOUTS)
+    for column in (batch.obs[:, 1, 2], batch.avail[:, 1, 3], batch.actions[:, 1, 4]):
+        assert torch.equal(column, now)
+    assert torch.equal(batch.reward, 2 * now) and torch.equal(batch.terminated, 3 * now)
+
+
+@pytest.mark.parametrize("cap", [0.0, 0.5, 2.0, 50.0])
+def test_the_confidence_stays_between_zero_and_the_cap(cap):
+    buffer, expected = fill(2, cap)
+    valid = buffer.p_u[buffer.p_u > -torch.inf]
+    assert valid.min() >= 0 and valid.max() <= cap
+    weights = [w for w in expected.values() if w > 0]
+    assert max(weights) / min(weights) <= math.exp(cap) * (1 + 1e-6)
+    w = buffer.cdf.diff(prepend=torch.zeros(1, dtype=torch.float64))
+    drawn = w[w > 0]
+    assert drawn.max() / drawn.min() == pytest.approx(max(weights) / min(weights), rel=1e-4)
+
+
+def test_an_uncertainty_far_above_the_cap_keeps_the_least_weight_and_zero_has_the_most():
+    buffer, rollout = SyntheticBuffer(1, 1, 3, N, O, S, A, "cpu"), {}
+    for name, shape in {"obs": (N, O), "state": (S,), "avail": (N, A), "actions": (N, A)}.items():
+        rollout[name] = torch.zeros(1 if name == "actions" else 2, 3, *shape)
+    rollout |= {k: torch.zeros(1, 3) for k in ("reward", "terminated")}
+    buffer.add(rollout | {"u": torch.tensor([[0.0, 1e9, 2.0]]), "filled": torch.ones(1, 3)}, 2.0)
+    total = math.exp(2) + 2
+    w = buffer.cdf.diff(prepend=torch.zeros(1, dtype=torch.float64))
+    assert w.tolist() == pytest.approx([math.exp(2) / total, 1 / total, 1 / total], rel=1e-6)
+
+
+@pytest.mark.parametrize("point,drawn", [(0.0, 1), (1 - 2.0**-53, 10)])
+def test_not_even_the_outermost_draws_land_on_a_row_without_weight(monkeypatch, point, drawn):
+    g = torch.Generator().manual_seed(0)
+    buffer = SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu")
+    rollout = make_rollout(0, g)
+    rollout["filled"] = torch.ones(HORIZON, ROLLOUTS)
+    rollout["filled"][0, 0] = rollout["filled"][-1, -1] = 0  # the first and the last row
+    buffer.add(rollout, cap=2.0)
+    monkeypatch.setattr(
+        torch, "rand", lambda size, dtype, **kwargs: torch.full((size,), point, dtype=dtype)
+    )
+    assert buffer.sample(3, g).state[:, 0].tolist() == [drawn] * 3
+
+
+def test_continuous_rollouts_are_stored_without_a_mask():
+    buffer = SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu")
+    g = torch.Generator().manual_seed(0)
+    buffer.add(make_rollout(0, g, avail=False), cap=1.0)
+    batch = buffer.sample(10, g)
+    assert torch.equal(batch.next_state, batch.state + ROLLOUTS)
+
+
+def test_a_buffer_nothing_was_added_to_says_so():
+    buffer = SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu")
+    with pytest.raises(RuntimeError, match="call add before sample"):
+        buffer.sample(1, torch.Generator())
+
+
+def test_the_same_generator_state_draws_the_same_rows():
+    buffer, _ = fill(3, cap=2.0)
+    draws = [buffer.sample(50, torch.Generator().manual_seed(k)).reward for k in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+# --------------------------------------------------------------------------------------------- mix
+
+
+def test_mix_puts_the_real_rows_first_and_says_which_they_are():
+    g = torch.Generator().manual_seed(0)
+    real, synthetic = make_dataset().sample(6, g), fill(2, cap=2.0)[0].sample(10, g)
+    both, is_real = mix(real, synthetic)
+    assert isinstance(both, Batch) and is_real.tolist() == [1.0] * 6 + [0.0] * 10
+    for name, a, b in zip(Batch._fields, real, synthetic, strict=True):
+        assert torch.equal(getattr(both, name)[:6], a)
+        assert torch.equal(getattr(both, name)[6:], b)
+
+
+def test_mix_without_synthetic_rows_is_the_real_batch():
+    real = make_dataset().sample(6, torch.Generator().manual_seed(0))
+    both, is_real = mix(real, None)
+    assert both is real and is_real.tolist() == [1.0] * 6
+
+
+def test_mix_leaves_out_the_mask_of_continuous_actions():
+    g = torch.Generator().manual_seed(0)
+    real = make_dataset(avail=False).sample(3, g)
+    both, is_real = mix(real, real)
+    assert both.avail is None and both.next_avail is None and len(is_real) == len(both.obs) == 6

@@ -1,0 +1,411 @@
+"""Files of recorded episodes: round trip, refusals, the real StarCraft II file, and recording.
+
+Tiny files are written by hand and read back row by row; broken ones must be refused with their
+name and the key at fault. The generalised advantage is compared with its definition as a sum.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import collect
+import datasets
+import envs
+
+ROOT = Path(__file__).resolve().parents[1]
+STARCRAFT = ROOT.parent / "shared" / "data" / "smac_3m_medium.h5"
+N, O, S, A, LIMIT = 2, 3, 4, 5, 6  # noqa: E741
+
+
+def make_log(lengths: list[int], seed: int) -> dict[str, np.ndarray]:
+    """One round as `collect.play` returns it: parallel episodes that last so many steps."""
+    rng, slots, steps = np.random.default_rng(seed), len(lengths), max(lengths)
+    t = np.arange(steps)[:, None]
+    avail = rng.random((steps + 1, slots, N, A)) < 0.5
+    avail[..., 0] |= ~avail.any(-1)
+    choice = (avail * rng.random(avail.shape)).argmax(-1)[:-1]
+    last = t == np.array(lengths) - 1
+    return {
+        "obs": rng.normal(size=(steps + 1, slots, N, O)).astype(np.float32),
+        "state": rng.normal(size=(steps + 1, slots, S)).astype(np.float32),
+        "avail": avail.astype(np.float32),
+        "actions": np.eye(A, dtype=np.float32)[choice],
+        "reward": (rng.normal(size=last.shape) * (t < np.array(lengths))).astype(np.float32),
+        "terminated": last & (np.arange(slots) % 2 == 0),
+        "won": last & (np.arange(slots) % 3 == 0),
+        "filled": t < np.array(lengths),
+    }
+
+
+ROUNDS = ([3, 1, 5], [6, 2])  # lengths; the second round reaches the limit
+
+
+def make_arrays() -> dict[str, np.ndarray]:
+    logs = [make_log(lengths, seed) for seed, lengths in enumerate(ROUNDS)]
+    return datasets.join_rounds(logs, LIMIT)
+
+
+def write(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    with h5py.File(path, "w") as f:
+        for key, values in arrays.items():
+            f[key] = values
+    return path
+
+
+def load(path: Path):
+    return datasets.load_dataset(path, holdout=0.2, seed=0, device=torch.device("cpu"))
+
+
+# ----------------------------------------------------------------------------- writing and reading
+
+
+def test_episodes_come_back_row_by_row_as_they_were_played(tmp_path):
+    path = tmp_path / "tiny.h5"
+    datasets.save_episodes(path, make_arrays(), {"env_id": "nowhere", "seed": 3})
+    columns, lengths, facts = datasets.read_episodes(path)
+    assert lengths.tolist() == [*ROUNDS[0], *ROUNDS[1]]
+    row, wins, returns = 0, 0, []
+    for seed, round_lengths in enumerate(ROUNDS):
+        log = make_log(round_lengths, seed)
+        for slot, length in enumerate(round_lengths):
+            for t in range(length + 1):
+                for key in ("obs", "state", "avail"):
+                    assert np.array_equal(columns[key][row], log[key][t, slot])
+                if t < length:
+                    for key in ("actions", "reward", "terminated"):
+                        assert np.array_equal(columns[key][row], log[key][t, slot])
+                row += 1
+            wins += int(log["won"][:length, slot].any())
+            returns.append(log["reward"][:length, slot].sum())
+    assert row == len(columns["obs"])
+    assert (facts["env_id"], facts["seed"]) == ("nowhere", 3)
+    assert (facts["episodes"], facts["transitions"]) == (5, 17)
+    assert facts["win_rate"] == wins / 5 > 0
+    assert facts["return_mean"] == pytest.approx(np.mean(returns), rel=1e-5)
+    assert facts["return_std"] == pytest.approx(np.std(returns), rel=1e-5)
+
+
+def test_the_layout_of_a_file_is_the_public_one():
+    arrays = make_arrays()
+    e, t = 5, LIMIT + 1
+    assert {k: v.shape for k, v in arrays.items()} == {
+        "state": (e, t, S), "obs": (e, t, N, O), "actions": (e, t, N, 1),
+        "avail_actions": (e, t, N, A), "reward": (e, t, 1), "terminated": (e, t, 1),
+        "filled": (e, t, 1), "won": (e,),
+    }  # fmt: skip
+    assert arrays["filled"][..., 0].sum(1).tolist() == [4, 2, 6, 7, 3]
+    padding = arrays["filled"][..., 0] == 0
+    for key in datasets.KEYS:
+        assert not arrays[key][padding].any()
+    assert np.issubdtype(arrays["actions"].dtype, np.integer)
+
+
+def test_a_loaded_dataset_gathers_the_transitions_of_the_file(tmp_path):
+    path, arrays = tmp_path / "tiny.h5", make_arrays()
+    datasets.save_episodes(path, arrays, {})
+    data, facts = load(path)
+    assert facts["path"] == str(path)
+    assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (facts["episodes"], facts["transitions"]) == (5, 17)
+    batch = data.gather(torch.arange(3))  # the first episode
+    assert np.array_equal(batch.state, arrays["state"][0, :3])
+    assert np.array_equal(batch.next_obs, arrays["obs"][0, 1:4])
+    assert np.array_equal(batch.next_avail, arrays["avail_actions"][0, 1:4])
+    assert np.array_equal(batch.actions.argmax(-1), arrays["actions"][0, :3, :, 0])
+    assert np.array_equal(batch.reward, arrays["reward"][0, :3, 0])
+    assert batch.terminated.tolist() == [0.0, 0.0, 1.0]
+    assert all(x.dtype == torch.float32 for x in batch)
+    assert data.episode_returns.numpy() == pytest.approx(arrays["reward"].sum((1, 2)), rel=1e-5)
+
+
+def test_the_same_episodes_give_the_same_file(tmp_path):
+    for name in ("a.h5", "b.h5"):
+        datasets.save_episodes(tmp_path / name, make_arrays(), {"seed": 0})
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_write_that_fails_leaves_nothing_behind_and_the_old_file_whole(
+    tmp_path, monkeypatch, function, existed
+):
+    path = tmp_path / "folder" / "file.bin"
+    if existed:
+        datasets.write_atomic(path, b"old")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(OSError, match="No space left"):
+        datasets.write_atomic(path, b"new and longer")
+    monkeypatch.undo()
+    assert [p.name for p in path.parent.iterdir()] == (["file.bin"] if existed else [])
+    assert not existed or path.read_bytes() == b"old"
+    datasets.write_atomic(path, b"new")
+    assert path.read_bytes() == b"new" and len(list(path.parent.iterdir())) == 1
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def without(key):
+    return lambda arrays: arrays.pop(key)
+
+
+def put(key, index, value):
+    def change(arrays):
+        if isinstance(value, float):
+            arrays[key] = arrays[key].astype(np.float32)
+        arrays[key][index] = value
+
+    return change
+
+
+def drop_agent(key):
+    def change(arrays):
+        arrays[key] = arrays[key][:, :, :1]
+
+    return change
+
+
+def drop_last(key, axis):
+    def change(arrays):
+        arrays[key] = np.delete(arrays[key], -1, axis)
+
+    return change
+
+
+def forbid(arrays):
+    choice = arrays["actions"][2, 1, 1, 0]
+    arrays["avail_actions"][2, 1, 1] = 1
+    arrays["avail_actions"][2, 1, 1, choice] = 0
+
+
+BROKEN = {
+    "no_obs": (without("obs"), "no key obs; found actions"),
+    "no_filled": (without("filled"), "no key filled"),
+    "nan_in_state": (put("state", (1, 0, 2), np.nan), "key state, episode 1: NaN or infinity"),
+    "infinite_obs": (put("obs", (3, 6, 1, 0), np.inf), "key obs, episode 3: NaN or infinity"),
+    "nan_reward": (put("reward", (4, 2, 0), np.nan), "key reward, episode 4: NaN or infinity"),
+    "agents_of_avail": (drop_agent("avail_actions"), "number of agents differs.*avail_actions"),
+    "agents_of_actions": (drop_agent("actions"), "number of agents differs.*actions"),
+    "agents_of_obs": (drop_agent("obs"), "number of agents differs.*obs"),
+    "fewer_episodes": (drop_last("reward", 0), "episodes and rows differ.*reward"),
+    "fewer_rows": (drop_last("state", 1), "episodes and rows differ.*state"),
+    "hole": (put("filled", (2, 1), 0), "key filled, episode 2: not a run of ones"),
+    "late_start": (put("filled", (3, 0), 0), "key filled, episode 3: not a run of ones"),
+    "empty_episode": (put("filled", (1, 1), 0), "key filled, episode 1: not a run of ones"),
+    "forbidden_action": (forbid, "key actions, episode 2: avail_actions forbids it"),
+    "action_too_high": (
+        put("actions", (0, 0, 0, 0), A),
+        f"key actions: {A}, but avail_actions has",
+    ),
+    "action_negative": (put("actions", (0, 0, 0, 0), -1), "key actions"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_refused_by_name_and_key(tmp_path, name):
+    breaks, message = BROKEN[name]
+    arrays = make_arrays()
+    load(write(tmp_path / "whole.h5", arrays))  # nothing else is wrong with it
+    breaks(arrays)
+    path = write(tmp_path / f"{name}.h5", arrays)
+    with pytest.raises(ValueError, match=f"(?s){name}.h5: .*{message}"):
+        load(path)
+
+
+def test_the_message_about_a_negative_action_shows_the_number_at_fault(tmp_path):
+    arrays = make_arrays()
+    arrays["actions"][0, 0, 0, 0] = -7
+    with pytest.raises(ValueError, match="-7"):
+        load(write(tmp_path / "negative.h5", arrays))
+
+
+def test_the_last_row_of_an_episode_may_carry_any_action_and_padding_any_value(tmp_path):
+    arrays = make_arrays()
+    arrays["avail_actions"][0, 3] = [0, 1, 1, 1, 1]  # forbids the 0 that pads the last row
+    arrays["state"][1, 4:] = np.nan  # beyond the end of episode 1
+    data, _ = load(write(tmp_path / "fine.h5", arrays))
+    assert torch.isfinite(data.state).all()
+
+
+def test_what_is_no_file_of_episodes_is_refused(tmp_path):
+    text = tmp_path / "text.h5"
+    text.write_text("not HDF5")
+    with pytest.raises(ValueError, match="text.h5: not an HDF5 file"):
+        load(text)
+    for path in (tmp_path, tmp_path / "missing.h5"):
+        with pytest.raises(ValueError, match=f"{path.name}: no such file"):
+            load(path)
+
+
+# ------------------------------------------------------------------------- the real StarCraft II
+
+
+@pytest.mark.skipif(not STARCRAFT.is_file(), reason=f"the StarCraft II file {STARCRAFT} is absent")
+def test_the_real_starcraft_file_reads_as_published():
+    data, facts = load(STARCRAFT)
+    assert data.obs.shape[1:] == (3, 30) and data.state.shape[1:] == (48,)
+    assert data.actions.shape[1:] == data.avail.shape[1:] == (3, 9)
+    assert (facts["episodes"], facts["transitions"]) == (2000, 50_450)
+    assert round(facts["return_mean"], 1) == 14.0
+    assert len(data.train) + len(data.held_out) == 50_450
+    with h5py.File(STARCRAFT) as f:
+        by_hand = (f["reward"][..., 0] * f["filled"][..., 0])[:, :-1].sum(1).mean()
+        assert facts["return_mean"] == pytest.approx(by_hand, abs=0.05)
+    batch = data.sample(1000, torch.Generator().manual_seed(0))
+    assert (batch.actions * (1 - batch.avail)).sum() == 0
+    assert "3 agents, 9 actions, observations 30, state 48" in datasets.describe(STARCRAFT)
+
+
+# -------------------------------------------------------------------------- collecting: arithmetic
+
+
+def test_generalised_advantages_equal_their_definition_as_a_sum():
+    steps, slots, gamma, lam = 7, 4, 0.9, 0.8
+    g = torch.Generator().manual_seed(0)
+    reward = torch.randn(steps, slots, generator=g, dtype=torch.float64)
+    value = torch.randn(steps + 1, slots, generator=g, dtype=torch.float64)
+    length = [7, 3, 5, 1]
+    filled, terminated = torch.zeros_like(reward), torch.zeros_like(reward)
+    for e, n in enumerate(length):
+        filled[:n, e] = 1
+        terminated[n - 1, e] = float(e in (1, 3))  # the others are cut by the time limit
+    found = collect.advantages(reward, value, terminated, filled, gamma, lam)
+    for e, n in enumerate(length):
+        for t in range(steps):
+            expected = 0.0
+            for k in range(t, n):
+                beyond = 0.0 if terminated[k, e] else value[k + 1, e].item()
+                delta = reward[k, e].item() + gamma * beyond - value[k, e].item()
+                expected += (gamma * lam) ** (k - t) * delta
+            assert found[t, e].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_players_of_a_quality_are_the_snapshots_its_definition_names():
+    actors = ["a", "b", "c", "d", "medium", "expert"]
+    assert collect.players(actors, "medium") == ["medium"]
+    assert collect.players(actors, "expert") == ["expert"]
+    assert collect.players(actors, "mixed") == ["medium", "expert"]
+    assert collect.players(actors, "medium-replay") == ["a", "b", "c", "d", "medium"]
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Recording without battles: actors are numbers that their episodes' rewards show."""
+    seeds = []
+
+    def play(env, actor, generator, seed):
+        seeds.append(seed)
+        log = make_log([2] * env.num_envs, seed=0)
+        return log | {"reward": np.full((2, env.num_envs), float(actor), np.float32)}
+
+    def make(env_id, num_envs=1):
+        spec = SimpleNamespace(episode_limit=LIMIT, backend="none")
+        return SimpleNamespace(num_envs=num_envs, spec=spec)
+
+    monkeypatch.setattr(collect, "play", play)
+    monkeypatch.setattr(collect.envs, "make", make)
+    monkeypatch.setattr(collect, "load_behaviour", lambda env_id, spec: [1, 2, 3, 4, 5, 6])
+    return seeds
+
+
+@pytest.mark.parametrize(
+    "quality,episodes,parts",
+    [
+        ("medium", 7, [(5, 7)]),
+        ("expert", 450, [(6, 450)]),  # more than run side by side: three rounds
+        ("mixed", 8, [(5, 4), (6, 4)]),
+        ("mixed", 5, [(5, 3), (6, 2)]),
+        ("mixed", 500, [(5, 250), (6, 250)]),
+        ("medium-replay", 10, [(k, 2) for k in (1, 2, 3, 4, 5)]),
+    ],
+)
+def test_a_recording_holds_its_players_in_equal_parts(tmp_path, pretend, quality, episodes, parts):
+    path = tmp_path / "pretend.h5"
+    collect.record("nowhere", quality, episodes, 0, path)
+    with h5py.File(path) as f:
+        played_by = f["reward"][:, 0, 0]
+        assert f.attrs["quality"] == quality and f.attrs["episodes"] == episodes
+    assert played_by.tolist() == [k for k, share in parts for _ in range(share)]
+    assert len(set(pretend)) == len(pretend)  # no round is played twice
+
+
+def test_recordings_with_different_seeds_meet_different_battles(tmp_path, pretend):
+    collect.record("nowhere", "medium-replay", 3000, 0, tmp_path / "a.h5")
+    first = set(pretend)
+    pretend.clear()
+    collect.record("nowhere", "medium-replay", 3000, 1, tmp_path / "b.h5")
+    assert not first & set(pretend)
+
+
+def test_a_cached_recording_is_not_recorded_again_unless_its_players_changed(
+    tmp_path, monkeypatch, pretend
+):
+    monkeypatch.setattr(collect, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(collect, "BEHAVIOUR", tmp_path)
+    weights = tmp_path / "nowhere.npz"
+    weights.write_bytes(b"players of today")
+    path = collect.load_or_record("nowhere", "mixed", 4, 0)
+    assert path.exists() and len(pretend) == 2
+    assert collect.load_or_record("nowhere", "mixed", 4, 0) == path and len(pretend) == 2
+    others = [("nowhere", "mixed", 4, 1), ("nowhere", "mixed", 6, 0), ("nowhere", "expert", 4, 0)]
+    assert len({path, *(collect.cached(*other) for other in others)}) == 4
+    weights.write_bytes(b"players of tomorrow")
+    assert collect.load_or_record("nowhere", "mixed", 4, 0) != path and len(pretend) == 4
+
+
+# -------------------------------------------------------------------------- collecting: for real
+
+
+@pytest.mark.parametrize("path", sorted(collect.BEHAVIOUR.glob("*.npz")), ids=lambda p: p.stem)
+def test_the_shipped_behaviour_policies_load_and_are_finite_and_different(path):
+    spec = envs.make(path.stem).spec
+    actors = collect.load_behaviour(path.stem, spec)
+    assert len(actors) == 6  # five snapshots up to medium, and the final policy
+    obs = torch.randn(20, spec.num_agents, spec.obs_dim, generator=torch.Generator().manual_seed(0))
+    avail = torch.ones(20, spec.num_agents, spec.action_dim)
+    policies = [collect.log_policy(actor, obs, avail).exp() for actor in actors]
+    with np.load(path, allow_pickle=False) as stored:
+        for j, p in enumerate(actors[-1].parameters()):
+            stack = stored[f"parameter_{j}"]
+            assert np.isfinite(stack).all()
+            assert np.array_equal(p.detach().numpy(), stack[-1].astype(np.float32))
+        steps = stored["snapshot_steps"]
+        assert (np.diff(steps[:-1]) >= 0).all() and steps[-1] > steps[-2]
+    for pi in policies:
+        assert pi.shape == avail.shape and torch.isfinite(pi).all()
+        torch.testing.assert_close(pi.sum(-1), torch.ones(20, spec.num_agents))
+    assert (policies[-1] - policies[-2]).abs().max() > 0.01
+
+
+def test_the_two_default_maps_have_behaviour_policies_and_others_say_how_to_get_one():
+    shipped = {p.stem for p in collect.BEHAVIOUR.glob("*.npz")}
+    assert {"3s_vs_5z", "2s3z"} <= shipped
+    spec = SimpleNamespace(obs_dim=O, action_dim=A)
+    with pytest.raises(FileNotFoundError, match="No behaviour policy for 9z.*collect.py --env-id"):
+        collect.load_behaviour("9z", spec)
+
+
+def test_a_recording_is_reproducible_from_its_seed(tmp_path):
+    digests = []
+    for k, seed in enumerate((0, 0, 1)):
+        path = tmp_path / f"{k}.h5"
+        collect.record("3s_vs_5z", "medium", 4, seed, path)
+        digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert digests[0] == digests[1] != digests[2]
+    data, facts = load(tmp_path / "0.h5")
+    assert (facts["env_id"], facts["quality"], facts["episodes"]) == ("3s_vs_5z", "medium", 4)
+    assert data.obs.shape[1:] == (3, 101) and data.state.shape[1:] == (96,)
+    assert 0 < facts["return_mean"] <= 20.01
+    assert facts["return_mean"] == pytest.approx(data.episode_returns.mean().item())
+    other, _ = load(tmp_path / "2.h5")
+    assert not torch.equal(data.state[0], other.state[0])

@@ -1,0 +1,236 @@
+"""SMAX behind the vectorised interface: sizes, seeds, ends of episodes, evaluation, picture.
+
+Sizes against the table of the design (measured in JaxMARL 0.2.0); episodes against the interface's
+promises. Everything that steps uses the small map 3m, compiled once for 1 and once for 8 slots.
+"""
+
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import envs
+
+MAP, SLOTS = "3m", 8
+SIZES = {  # map: agents, observation, state, actions
+    "3s_vs_5z": (3, 101, 96, 10),
+    "2s3z": (5, 127, 120, 10),
+    "5m_vs_6m": (5, 140, 132, 11),
+    "6h_vs_8z": (6, 179, 168, 13),
+    "3s5z_vs_3s6z": (8, 218, 204, 14),
+}
+
+
+@pytest.fixture(scope="module")
+def env():
+    return envs.make(MAP, num_envs=SLOTS)
+
+
+@pytest.fixture(scope="module")
+def single():
+    return envs.make(MAP, num_envs=1)
+
+
+def attack(obs: torch.Tensor, avail: torch.Tensor) -> torch.Tensor:
+    """Shoot the first enemy in reach, else walk towards the enemy; wins some battles of 3m."""
+    choice = torch.where(avail[..., 5:].any(-1), 5 + avail[..., 5:].argmax(-1), 1)
+    allowed = avail.gather(-1, choice.unsqueeze(-1)).squeeze(-1) > 0
+    choice = torch.where(allowed, choice, avail.argmax(-1))  # the dead have one action left
+    return torch.nn.functional.one_hot(choice, avail.shape[-1]).float()
+
+
+def play(env, seed: int, policy=attack) -> list[envs.Step]:
+    """All steps of one round, the reset first, and one more after everybody's end."""
+    steps = [env.reset(seed)]
+    while not steps[-1].over.all():
+        now = steps[-1]
+        steps.append(env.step(policy(torch.tensor(now.obs), torch.tensor(now.avail)).numpy()))
+    now = steps[-1]
+    steps.append(env.step(policy(torch.tensor(now.obs), torch.tensor(now.avail)).numpy()))
+    return steps
+
+
+def advance_clock(env, to: np.ndarray) -> None:
+    """Set the battles' own step counters, as if they had lasted that long already."""
+    key, state = env._carry
+    later = envs._import_smax().jax.numpy.asarray(to, state.state.step.dtype)
+    env._carry = (key, state.replace(state=state.state.replace(step=later)))
+
+
+@pytest.fixture(scope="module")
+def rounds(env):
+    """Three rounds of the attacking policy."""
+    return [play(env, seed) for seed in (1, 2, 3)]
+
+
+# ------------------------------------------------------------------------------------ making one
+
+
+def test_the_papers_maps_have_their_sizes_without_compiling_anything():
+    envs.known_ids()  # the import of JAX is not what is timed
+    started = time.time()
+    for env_id, sizes in SIZES.items():
+        env = envs.make(env_id)
+        spec = env.spec
+        assert (spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim) == sizes
+        assert (spec.env_id, spec.backend, spec.discrete) == (env_id, "smax", True)
+        assert spec.episode_limit == 100
+        assert env._reset._cache_size() == env._step._cache_size() == 0
+    assert time.time() - started < 10
+
+
+def test_the_papers_maps_come_first_in_the_list_and_no_map_comes_twice():
+    known = envs.known_ids()
+    assert known[:5] == list(SIZES) and MAP in known and len(set(known)) == len(known)
+
+
+def test_wrong_arguments_are_refused_with_what_would_be_right():
+    with pytest.raises(ValueError, match="Unknown env_id '3s_vs_5x'.*3s_vs_5z, 2s3z.*3m"):
+        envs.make("3s_vs_5x")
+    with pytest.raises(ValueError, match="Unknown backend 'sc3'.*auto, smax"):
+        envs.make(MAP, backend="sc3")
+    for slots in (0, -1):
+        with pytest.raises(ValueError, match=f"num_envs is {slots}"):
+            envs.make(MAP, num_envs=slots)
+
+
+# --------------------------------------------------------------------------------------- playing
+
+
+def same(a: envs.Step, b: envs.Step) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_shapes_and_types_are_those_of_the_interface(env, rounds):
+    spec, e = env.spec, SLOTS
+    for step in rounds[0]:
+        assert step.obs.shape == (e, spec.num_agents, spec.obs_dim)
+        assert step.state.shape == (e, spec.state_dim)
+        assert step.avail.shape == (e, spec.num_agents, spec.action_dim)
+        assert {step.obs.dtype, step.state.dtype, step.avail.dtype} == {np.dtype(np.float32)}
+        assert step.reward.shape == step.terminated.shape == step.over.shape == (e,)
+        assert set(np.unique(step.avail)) <= {0.0, 1.0} and step.avail.any(-1).all()
+        assert np.isfinite(step.obs).all() and np.isfinite(step.state).all()
+
+
+def test_the_same_seed_gives_the_same_battle_and_another_seed_another(env, rounds):
+    again = play(env, seed=1)
+    assert len(again) == len(rounds[0])
+    assert all(same(a, b) for a, b in zip(again, rounds[0], strict=True))
+    assert not np.array_equal(rounds[0][0].state, rounds[1][0].state)
+    assert len({slot.tobytes() for slot in rounds[0][0].state}) == SLOTS
+
+
+def test_a_reset_without_a_seed_takes_the_next_one(env):
+    env.reset(seed=40)
+    assert same(env.reset(), env.reset(seed=41)) and same(env.reset(), env.reset(seed=42))
+    fresh = envs.make(MAP, num_envs=SLOTS, seed=40)
+    assert same(fresh.reset(), env.reset(seed=40))
+
+
+def test_a_slots_battle_does_not_depend_on_how_many_run_beside_it(env, single, rounds):
+    alone = play(single, seed=1)
+    for a, b in zip(alone[:-1], rounds[0], strict=False):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_allclose(x, y[:1], rtol=1e-6, atol=1e-6)
+    assert alone[-1].over.all() and rounds[0][len(alone) - 2].over[0]
+
+
+def test_finished_slots_stand_still_and_pay_nothing_while_the_others_go_on(rounds):
+    stood = 0
+    for steps in rounds:
+        for before, after in zip(steps, steps[1:], strict=False):
+            done = before.over
+            stood += int(done.sum() * (not done.all()))
+            assert after.over[done].all()
+            assert not (after.terminated | after.truncated | after.won)[done].any()
+            assert (after.reward[done] == 0).all()
+            for name in ("obs", "state", "avail"):
+                x, y = getattr(before, name), getattr(after, name)
+                assert np.array_equal(x[done], y[done])
+            for k in np.flatnonzero(~done):
+                assert not np.array_equal(before.state[k], after.state[k])
+    assert stood > 0
+
+
+def test_an_episode_ends_exactly_once_and_over_says_since_when(rounds):
+    for steps in rounds:
+        ends = np.stack([s.terminated | s.truncated for s in steps])
+        assert (ends.sum(0) == 1).all()
+        assert np.array_equal(np.stack([s.over for s in steps]), ends.cumsum(0) > 0)
+        assert all((s.terminated | ~s.won).all() for s in steps)
+
+
+def test_a_won_battle_pays_twenty_and_a_lost_one_at_most_ten(rounds):
+    returns = np.concatenate([np.sum([s.reward for s in steps], 0) for steps in rounds])
+    won = np.concatenate([np.any([s.won for s in steps], 0) for steps in rounds])
+    assert won.any() and not won.all()
+    np.testing.assert_allclose(returns[won], 20.0, atol=1e-3)
+    assert (returns[~won] <= 10.0 + 1e-3).all() and (returns >= 0).all()
+
+
+def test_the_time_limit_truncates_and_does_not_terminate(env):
+    limit = env.spec.episode_limit
+    now = env.reset(seed=1)
+    advance_clock(env, np.where(np.arange(SLOTS) % 2, limit - 2, 0))
+    act = attack(torch.tensor(now.obs), torch.tensor(now.avail)).numpy()
+    first, second, third = env.step(act), env.step(act), env.step(act)
+    late = np.arange(SLOTS) % 2 == 1
+    assert not (first.over | first.truncated | first.terminated).any()
+    assert np.array_equal(second.truncated, late) and np.array_equal(second.over, late)
+    assert not (second.terminated | second.won | third.truncated | third.terminated).any()
+    assert np.array_equal(third.over, late) and (third.reward[late] == 0).all()
+
+
+def test_a_battle_decided_at_the_last_moment_is_terminated_and_not_truncated(env, rounds):
+    steps = rounds[0]
+    length = np.stack([~s.over for s in steps]).sum(0)  # steps until each slot's end
+    env.reset(seed=1)
+    advance_clock(env, env.spec.episode_limit - length)
+    for before, expected in zip(steps[:-1], steps[1:], strict=True):
+        now = env.step(attack(torch.tensor(before.obs), torch.tensor(before.avail)).numpy())
+        assert np.array_equal(now.terminated, expected.terminated) and not now.truncated.any()
+        assert np.array_equal(now.won, expected.won)
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+def test_evaluate_plays_whole_rounds_and_returns_their_mean(env):
+    result = envs.evaluate(env, attack, episodes=SLOTS + 2, seed=1)
+    returns, won = [], []
+    for seed in (1, 2):  # ten episodes need two rounds of eight
+        steps = play(env, seed)
+        returns += np.sum([s.reward for s in steps], 0).tolist()
+        won += np.any([s.won for s in steps], 0).tolist()
+    assert result["episodes"] == len(returns) == 2 * SLOTS
+    assert result["return_mean"] == pytest.approx(np.mean(returns), rel=1e-6)
+    assert result["win_rate"] == np.mean(won)
+    half_width = 1.96 * np.std(returns, ddof=1) / np.sqrt(2 * SLOTS)
+    assert result["return_ci95"] == pytest.approx(half_width, rel=1e-6) and half_width > 0
+
+
+def test_evaluate_of_a_single_episode_claims_no_interval(single):
+    result = envs.evaluate(single, attack, episodes=1, seed=1)
+    assert result["episodes"] == 1 and result["return_ci95"] == 0.0
+
+
+def test_the_random_policy_is_uniform_over_what_may_be_done():
+    avail = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 1, 0, 0]]).float().expand(4000, 2, 5)
+    actions = envs.random_policy(seed=0)(torch.zeros(4000, 2, 3), avail)
+    assert (actions.sum(-1) == 1).all() and (actions * (1 - avail)).sum() == 0
+    counts = actions[:, 0].sum(0)[avail[0, 0] == 1]
+    assert scipy.stats.chisquare(counts.double()).pvalue > 1e-3
+
+
+def test_render_draws_a_picture_of_the_battle(single):
+    now = single.reset(seed=1)
+    start = single.render()
+    assert start.ndim == 3 and start.shape[-1] == 3 and start.dtype == np.uint8
+    assert start.shape[0] > 100 and start.shape[1] > 100 and start.std() > 5
+    for _ in range(4):
+        now = single.step(attack(torch.tensor(now.obs), torch.tensor(now.avail)).numpy())
+    later = single.render()
+    assert later.shape == start.shape and not np.array_equal(later, start)

@@ -1,0 +1,250 @@
+"""Which way the policy's and the critic's losses push, and what the policies draw.
+
+A bandit of two agents shows the directions of Eq. (10) and (12); drawn frequencies are compared
+with the probabilities they are drawn from by chi-square tests with fixed seeds.
+"""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch.nn import functional as F
+
+from macql import Actor, Critic, critic_loss, policy_loss, soft_update
+
+N, O, S = 2, 3, 2  # noqa: E741
+
+
+def make_actor(action_dim, seed=0, agents=N, **options) -> Actor:
+    torch.manual_seed(seed)
+    return Actor(torch.zeros(agents, O), torch.ones(agents, O), action_dim, hidden=16, **options)
+
+
+def make_critic(action_dim, seed=0, **options) -> Critic:
+    torch.manual_seed(seed)
+    zero, one = torch.zeros(N, O), torch.ones(N, O)
+    return Critic(zero, one, torch.zeros(S), torch.ones(S), action_dim, hidden=16, **options)
+
+
+# Actions 0 and 1 are in the data (1 pays more), 2 and 3 are not, 4 is forbidden.
+SEEN, UNSEEN, FORBIDDEN, ACTIONS = [0, 1], [2, 3], 4, 5
+
+
+def bandit(size, generator, share_of_1=0.5) -> SimpleNamespace:
+    choice = (torch.rand(size, N, generator=generator) < share_of_1).long()
+    avail = torch.ones(size, N, ACTIONS)
+    avail[..., FORBIDDEN] = 0
+    obs, state = torch.zeros(size, N, O), torch.zeros(size, S)
+    return SimpleNamespace(
+        obs=obs, state=state, avail=avail, actions=F.one_hot(choice, ACTIONS).float(),
+        reward=choice.sum(-1).float(), next_obs=obs, next_state=state, next_avail=avail,
+        terminated=torch.ones(size),
+    )  # fmt: skip
+
+
+def trained_utilities(alpha: float, conservative: str) -> torch.Tensor:
+    """(N,A): what each agent's actions are worth after training on the bandit."""
+    g, actor = torch.Generator().manual_seed(0), make_actor(ACTIONS)
+    critic, target = make_critic(ACTIONS), make_critic(ACTIONS)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=5e-3)
+    for _ in range(250):
+        batch = bandit(128, g)
+        loss, _ = critic_loss(
+            critic, target, actor, batch, torch.ones(128), 0.99, alpha, g, conservative
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return critic.utilities(batch.obs[:1], batch.state[:1]).mean(0)[0].detach()
+
+
+@pytest.mark.parametrize("conservative", ["logsumexp", "expectation"])
+def test_the_conservative_term_lowers_unseen_actions_alone_and_keeps_the_order_of_the_seen(
+    conservative,
+):
+    free, pressed = (trained_utilities(alpha, conservative) for alpha in (0.0, 0.5))
+    assert (pressed[:, UNSEEN] < free[:, UNSEEN] - 0.5).all()
+    assert (pressed[:, SEEN] > pressed[:, UNSEEN].amax(-1, keepdim=True)).all()
+    # The log-sum-exp also draws the seen ones a little together, but as a whole it lifts them.
+    assert (pressed[:, SEEN].mean(-1) > free[:, SEEN].mean(-1) - 0.05).all()
+    for q in (free, pressed):
+        assert (q[:, 1] - q[:, 0] > 0.5).all()
+
+
+@pytest.mark.parametrize("conservative", ["logsumexp", "expectation"])
+def test_the_conservative_gradient_is_the_policy_minus_the_data_and_zero_where_forbidden(
+    conservative,
+):
+    size, alpha = 12, 0.8
+    g = torch.Generator().manual_seed(0)
+    batch = bandit(size, g)
+    is_real = (torch.arange(size) % 3 > 0).float()
+    actor, critic, target = make_actor(ACTIONS), make_critic(ACTIONS), make_critic(ACTIONS, 1)
+    table = torch.randn(2, size, N, ACTIONS, generator=g).requires_grad_()
+    critic.utilities = lambda obs, state: table
+
+    def gradient(alpha):
+        loss, _ = critic_loss(critic, target, actor, batch, is_real, 0.99, alpha, g, conservative)
+        return torch.autograd.grad(loss, table)[0]
+
+    pushed = (gradient(alpha) - gradient(0.0)) / alpha
+    pi = actor(batch.obs, batch.avail)
+    if conservative == "logsumexp":  # the softmax of Q itself
+        pi = table.detach().masked_fill(batch.avail == 0, -torch.inf).softmax(-1)
+    expected = (pi - batch.actions) * (is_real / is_real.sum()).view(-1, 1, 1)
+    torch.testing.assert_close(pushed, expected.expand_as(pushed).detach(), atol=1e-6, rtol=0)
+    assert (pushed[..., FORBIDDEN] == 0).all()
+    real = pushed[:, is_real == 1]
+    assert (real[..., UNSEEN] > 0).all()  # a descent lowers these
+    taken = batch.actions[is_real == 1].bool().expand_as(real)
+    assert (real[taken] < 0).all()  # and raises those
+
+
+# --------------------------------------------------------------------------------------- drawing
+
+
+def random_masks(rows, agents, actions, generator) -> torch.Tensor:
+    avail = (torch.rand(rows, agents, actions, generator=generator) < 0.4).float()
+    avail[..., 0] = torch.where(avail.sum(-1) == 0, 1.0, avail[..., 0])
+    return avail
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_forbidden_actions_have_probability_zero_and_are_never_taken(shared):
+    g, actor = torch.Generator().manual_seed(0), make_actor(6, shared=shared)
+    with torch.no_grad():  # confident, also in what it must not do
+        for p in actor.parameters():
+            p.mul_(8.0)
+    obs, avail = torch.randn(5000, N, O, generator=g), random_masks(5000, N, 6, g)
+    pi = actor(obs, avail)
+    assert (actor.logits(obs).argmax(-1, keepdim=True) != pi.argmax(-1, keepdim=True)).any()
+    assert (pi[avail == 0] == 0).all()
+    torch.testing.assert_close(pi.sum(-1), torch.ones(5000, N))
+    for actions in (actor.greedy(obs, avail), actor.explore(obs, avail, g)):
+        assert ((actions == 0) | (actions == 1)).all() and (actions.sum(-1) == 1).all()
+        assert (actions * (1 - avail)).sum() == 0
+    best = actor.greedy(obs, avail).argmax(-1)
+    assert torch.equal(best, actor.logits(obs).masked_fill(avail == 0, -torch.inf).argmax(-1))
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+def test_exploration_draws_the_policys_actions_mixed_with_a_share_of_all_allowed_ones(epsilon):
+    g, actor, draws = torch.Generator().manual_seed(0), make_actor(6), 40_000
+    with torch.no_grad():
+        for p in actor.parameters():
+            p.mul_(2.0)
+    obs = torch.randn(1, N, O, generator=g)
+    avail = torch.tensor([[[1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 1]]]).float()
+    pi = actor(obs, avail)[0].detach().double()
+    drawn = actor.explore(obs.expand(draws, -1, -1), avail.expand(draws, -1, -1), g, epsilon)
+    for i in range(N):
+        allowed = avail[0, i] == 1
+        counts = drawn[:, i].sum(0)
+        assert counts[~allowed].sum() == 0 and counts.sum() == draws
+        assert pi[i, allowed].max() / pi[i, allowed].min() > 1.5  # else every epsilon looks alike
+        expected = (1 - epsilon) * pi[i, allowed] + epsilon / int(allowed.sum())
+        expected = expected / expected.sum() * draws
+        assert scipy.stats.chisquare(counts[allowed].double(), expected).pvalue > 1e-3
+    together = torch.einsum("ba,bc->ac", drawn[:, 0], drawn[:, 1])[:, avail[0, 1] == 1]
+    assert scipy.stats.chi2_contingency(together.numpy()).pvalue > 1e-3  # agents draw apart
+
+
+def test_the_same_generator_state_draws_the_same_actions():
+    actor, obs = make_actor(6), torch.randn(200, N, O)
+    avail = torch.ones(200, N, 6)
+    draws = [actor.explore(obs, avail, torch.Generator().manual_seed(k)) for k in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_continuous_actions_stay_within_one_and_explore_with_the_noise_asked_for():
+    g, actor = torch.Generator().manual_seed(0), make_actor(2, discrete=False)
+    obs = 50 * torch.randn(20_000, N, O, generator=g)
+    pi = actor(obs, None)
+    assert pi.abs().max() <= 1 and pi.max() > 0.9 and pi.min() < -0.9
+    assert torch.equal(actor.greedy(obs, None), pi)
+    explored = actor.explore(obs, None, g, 0.5)
+    assert explored.max() == 1 and explored.min() == -1
+    with torch.no_grad():  # tanh(0) in the middle: no clamp, the plain noise
+        for p in actor.parameters():
+            p.zero_()
+    noise = actor.explore(obs, None, g, 0.1).flatten() / 0.1
+    assert scipy.stats.kstest(noise.numpy(), "norm").pvalue > 1e-3
+
+
+# --------------------------------------------------------------------------------------- learning
+
+
+def learned_policy(bc_lambda: float, critic) -> torch.Tensor:
+    """(N,A): the policy after training on a bandit whose data take action 1 three times of four."""
+    g, actor = torch.Generator().manual_seed(0), make_actor(ACTIONS)
+    optimizer = torch.optim.Adam(actor.parameters(), lr=5e-3)
+    for _ in range(250):
+        batch = bandit(256, g, share_of_1=0.75)
+        loss, _ = policy_loss(actor, critic, batch, torch.ones(256), bc_lambda)
+        optimizer.zero_grad()
+        loss.backward(inputs=list(actor.parameters()))
+        optimizer.step()
+    return actor(batch.obs[:1], batch.avail[:1])[0].detach()
+
+
+def test_a_large_lambda_clones_the_data_and_none_follows_the_critic():
+    critic = make_critic(ACTIONS)
+    worth = torch.tensor([0.0, 0.0, 1.0, 0.0, 9.0])  # best of all: an action the data never take
+    critic.utilities = lambda obs, state: worth.expand(2, len(obs), N, -1)
+    data = torch.tensor([0.25, 0.75, 0.0, 0.0, 0.0])
+    cloned = learned_policy(1e4, critic)
+    assert (cloned - data).abs().max() < 0.05
+    assert (learned_policy(1.0, None) - data).abs().max() < 0.05
+    greedy = learned_policy(0.0, critic)
+    assert (greedy[:, 2] > 0.95).all() and (greedy[:, FORBIDDEN] == 0).all()
+    between = learned_policy(1.0, critic)
+    assert ((between[:, 2] > cloned[:, 2] + 0.05) & (between[:, 2] < greedy[:, 2] - 0.05)).all()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_agent_acts_on_its_own_observation_alone(shared):
+    actor = make_actor(4, agents=3, shared=shared)
+    obs, avail = torch.randn(7, 3, O), torch.ones(7, 3, 4)
+    before = actor(obs, avail)
+    for j in range(3):
+        changed = obs.clone()
+        changed[:, j] += 1.0
+        after = actor(changed, avail)
+        for i in range(3):
+            assert torch.equal(after[:, i], before[:, i]) == (i != j)
+
+
+def test_separate_actors_share_no_weight_and_a_shared_one_tells_the_agents_apart():
+    obs, avail = torch.randn(7, 1, O).expand(-1, 3, -1), torch.ones(7, 3, 4)
+    actor = make_actor(4, agents=3, shared=False)
+    before = actor(obs, avail)
+    for j in range(3):
+        other = copy.deepcopy(actor)
+        with torch.no_grad():
+            for p in other.parameters():
+                assert len(p) == 3
+                p[j] += torch.randn_like(p[j])
+        after = other(obs, avail)
+        for i in range(3):
+            assert torch.equal(after[:, i], before[:, i]) == (i != j)
+    shared = make_actor(4, agents=3, shared=True)
+    assert all(len(p) == 1 for p in shared.parameters())
+    pi = shared(obs, avail)
+    assert not torch.allclose(pi[:, 0], pi[:, 1]) and not torch.allclose(pi[:, 1], pi[:, 2])
+
+
+def test_the_soft_update_moves_every_parameter_by_the_share_tau():
+    source, target = make_critic(ACTIONS, seed=1), make_critic(ACTIONS, seed=2)
+    old = [p.detach().clone() for p in target.parameters()]
+    new = [p.detach().clone() for p in source.parameters()]
+    soft_update(target, source, 0.25)
+    for p, a, b in zip(target.parameters(), old, new, strict=True):
+        np.testing.assert_allclose(p.detach(), 0.75 * a + 0.25 * b, atol=1e-6)
+        assert not torch.equal(p, a)
+    assert all(torch.equal(p, b) for p, b in zip(source.parameters(), new, strict=True))
+    soft_update(target, source, 1.0)
+    for p, b in zip(target.parameters(), new, strict=True):
+        np.testing.assert_allclose(p.detach(), b, atol=1e-6)
