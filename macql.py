@@ -1,7 +1,7 @@
 """MACQL: decentralised policies and a conservative, centralised critic, both held to the data.
 
-  critic_loss   Bellman error + alpha * (value of all actions - of the data's)   Eq. (10), (11)
-  policy_loss   -(value of the policy's actions) + lambda * |policy - data|^2    Eq. (12)
+  critic_loss  Eq. (10), (11)  Bellman error + alpha * (value of all actions - of the data's)
+  policy_loss  Eq. (12)        lambda * |policy - data|^2 - value of the policy's actions
 
 The critic for discrete actions is a sum over agents of utilities that all see the global state:
 
@@ -279,7 +279,8 @@ def policy_loss(
             value = value / value.detach().abs().mean().clamp(min=1e-6)
     assert value.shape == distance.shape == (size,)
     cloning = (distance * (real if bc_on == "real" else 1.0)).mean()  # Deviation D9
-    loss = bc_lambda * cloning - value.mean()  # Eq. (12), negated: the paper maximises it
+    # The paper prints what is maximised; this is minimised.
+    loss = bc_lambda * cloning - value.mean()  # Eq. (12)
     return loss, {"q": value.mean().detach(), "bc": cloning.detach()}
 
 

@@ -1,5 +1,7 @@
 """What a run ends with: measures of the world model, the closing table, run.png and final.json.
 
+  python report.py RUN_DIR_OR_JSON ...      a markdown table of many runs, averaged over seeds
+
 All errors are mean squared errors in standardised units (1 = predicting the mean of the data) on
 held-out episodes, which no update has seen.
 
@@ -8,8 +10,11 @@ Sizes: B rows, N agents, O observation, S state, H horizon.
 
 import json
 import platform
+import re
+import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -245,3 +250,60 @@ def draw(run, final: dict) -> None:
     memory = io.BytesIO()
     figure.savefig(memory, dpi=110)
     datasets.write_atomic(run.folder / "run.png", memory.getvalue())
+
+
+def compare(paths: list[Path]) -> str:
+    """A markdown table of finished runs: one row a setting, mean and 95 % interval over its seeds.
+
+    Runs whose names differ only in -seedN are of one setting.
+    """
+    groups: dict[str, list[dict]] = {}
+    for path in paths:
+        file = path / "final.json" if path.is_dir() else path
+        name = path.name if path.is_dir() else path.stem
+        groups.setdefault(re.sub(r"-seed\d+$", "", name), []).append(json.loads(file.read_text()))
+
+    def over_seeds(values: list[float], digits: int = 2) -> str:
+        spread = 0.0
+        if len(values) > 1:  # Student's t: the seeds are few
+            quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.6)
+            spread = quantile * np.std(values, ddof=1) / len(values) ** 0.5
+        return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+    lines = [
+        "| setting | seeds | return | won | clone's return | data's return | battles a seed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in groups.items():
+        ours, clone, data = (
+            [r[part]["return_mean"] for r in runs] for part in ("eval", "clone", "dataset")
+        )
+        won = np.mean([r["eval"]["win_rate"] for r in runs])
+        lines.append(
+            f"| {name} | {len(runs)} | {over_seeds(ours)} | {won:.0%} | {over_seeds(clone)} "
+            f"| {np.mean(data):.2f} | {runs[0]['eval']['episodes']} |"
+        )
+    lines += [
+        "",
+        "| setting | s' | s_hat direct | nothing changes | r' | r_hat direct | rank corr. of u |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    keys = "state_mse direct_state_mse persistence_state_mse reward_mse direct_reward_mse"
+    for name, runs in groups.items():
+        if runs[0]["world_model"]:
+            cells = [
+                over_seeds([r["world_model"][k] for r in runs], 4 if "state" in k else 3)
+                for k in keys.split()
+            ]
+            cells.append(over_seeds([r["world_model"]["u_error_spearman"] for r in runs]))
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python report.py RUN_DIR_OR_JSON ...")
+    try:
+        print(compare([Path(p) for p in sys.argv[1:]]))
+    except (OSError, ValueError, KeyError) as e:
+        sys.exit(f"report.py: not a finished run: {e!r}")

@@ -223,7 +223,12 @@ def save_checkpoint(run: Run) -> None:
     state = {name: getattr(run, name).state_dict() for name in MODULES}
     state |= {name: getattr(run, name) for name in COUNTERS}
     state["optimizers"] = {k: v.state_dict() for k, v in run.optimizers.items()}
-    state |= {"args": plain(run.args), "rng": run.rng.get_state(), "recipes": list(run.recipes)}
+    state |= {
+        "args": plain(run.args),
+        "data": run.facts["sha256"],
+        "rng": run.rng.get_state(),
+        "recipes": list(run.recipes),
+    }
     memory = io.BytesIO()
     torch.save(state, memory)
     datasets.write_atomic(run.folder / "checkpoint.pt", memory.getvalue())
@@ -242,6 +247,8 @@ def load_checkpoint(run: Run, imagine: Callable) -> None:
         raise ValueError(f"--resume: no checkpoint in {run.folder}; start without --resume.")
     state = torch.load(path, map_location=run.device, weights_only=True)
     mine, theirs = plain(run.args), state["args"]
+    if state["data"] != run.facts["sha256"]:
+        raise ValueError(f"--resume: {path} is of a run on other data than {run.facts['path']}.")
     if differ := [k for k in mine if k not in FREE and mine[k] != theirs.get(k)]:
         told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ)
         raise ValueError(f"--resume: {path} is of a run with {told}; give that, or another --out.")

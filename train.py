@@ -66,7 +66,7 @@ class Args:
     wm_lr: float = 1e-3
     """Adam's step size [Table 8]"""
     wm_weight_decay: float = 0.0
-    """decoupled weight decay, times the step size; 0 = none [ours]"""
+    """D15: decoupled weight decay of Phase 1, per step size; the paper's letter: 0 [AdamW]"""
     wm_hidden: int = 256
     """width of the world model's layers [Table 8]"""
     deduce_from: Literal["obs", "obs+state", "obs+state+actions"] = "obs+state+actions"
@@ -84,7 +84,7 @@ class Args:
     horizon: int = 15
     """H, steps of an imagined rollout [Sec. 5.1]"""
     epsilon: float = 0.1
-    """share of random actions (continuous: noise) in a rollout; the paper's letter: 0 [ours]"""
+    """D16: share of random actions in a rollout (or noise); the paper's letter: 0 [ours]"""
     rollouts: int = 1_000
     """M, rollouts a collection, from real rows drawn uniformly [ours]"""
     collect_every: int = 500
@@ -95,6 +95,8 @@ class Args:
     """use of u: sampling weight of Eq. (7), reward penalty of Eq. (1), or none [Sec. 4.3]"""
     cap: float = 10.0
     """C: bound of the confidence; exp(-C) is the least relative weight [Sec. 4.3 gives no value]"""
+    u_scale: float = 1.0
+    """u is divided by this in P_u; below 1, doubtful rows are drawn more rarely [Sec. 4.3: 1]"""
     penalty: float = 1.0
     """lambda of Eq. (1): reward lost per unit of u, with --uncertainty penalty [Table 8: 1]"""
 
@@ -135,6 +137,8 @@ class Args:
     """D6: next action in the Bellman target; the paper's letter: max [Eq. 11]"""
     bellman_on: Literal["both", "real"] = "both"
     """D8: rows of the Bellman error; Eq. (10) prints real, Algorithm 1 both [Alg. 1]"""
+    warm_start: bool = True
+    """start the policy from the clone, so that the first imagined battles are sensible [ours]"""
     bc_lambda: float = 1.0
     """lambda: weight of behaviour cloning in Eq. (12) [Table 8]"""
     bc_on: Literal["real", "both"] = "real"
@@ -274,6 +278,7 @@ def imagine(run: Run, actor: Actor) -> None:
     )  # fmt: skip
     if args.uncertainty == "penalty":
         rollout["reward"] = rollout["reward"] - args.penalty * rollout["u"]  # Eq. (1)
+    rollout["u"] = rollout["u"] / args.u_scale
     run.model_data.add(rollout, args.cap, weighted=args.uncertainty == "weight")
     run.seconds["imagine"] += time.time() - started
     run.imagined_rows += args.horizon * args.rollouts
@@ -282,6 +287,9 @@ def imagine(run: Run, actor: Actor) -> None:
 def phases_2_and_3_policy(run: Run, log: Log) -> None:
     """Algorithm 1, lines 6-32: imagine, and improve the policy on real and imagined rows."""
     args = run.args
+    if args.warm_start and run.progress["policy"] == 0:
+        run.actor.load_state_dict(run.clone.state_dict())
+        run.averaged.load_state_dict(run.clone.state_dict())
     synthetic = round(args.synthetic_fraction * args.batch_size)  # imagined rows of a batch
 
     def draw() -> tuple:
@@ -339,15 +347,15 @@ def main(args: Args) -> dict:
     source = args.dataset.stem if args.dataset else args.quality
     name = f"{args.env_id}-{source}-{backend}-{method(args)}-seed{args.seed}"
     folder = args.out or Path("runs") / name
-    if not args.resume:
-        for old in (p for k in report.FILES for p in folder.glob(k)):
-            print(f"replacing {old}")
-            old.unlink()
     datasets.write_atomic(folder / "args.json", json.dumps(plain(args), indent=2).encode())
     run = prepare(args, folder)
     run.started = started
     if args.resume:
         load_checkpoint(run, imagine)
+    else:
+        for old in (p for k in report.FILES for p in folder.glob(k)):
+            print(f"replacing {old}")
+            old.unlink()
     log = Log(folder, run.progress, plain(args), args.track)
     phase_0_clone(run, log)
     if args.synthetic_fraction > 0:
