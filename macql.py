@@ -209,7 +209,7 @@ def critic_loss(
     alpha: float,
     generator: torch.Generator,
     conservative: str = "logsumexp",
-    conservative_on: str = "real",
+    conservative_on: str = "both",
     backup: str = "policy",
     bellman_on: str = "both",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
