@@ -55,7 +55,7 @@ class OfflineDataset:
         terminated (R,): float32. The last row of an episode is its final observation; its action,
             reward and terminated are never read.
         lengths: transitions per episode, sum(lengths) + len(lengths) = R.
-        holdout: share of the episodes that `sample` never draws from, at least one.
+        holdout: share of the episodes that `sample` never draws from; at least one, never all.
         seed: of the choice of held-out episodes, so that every method is tested on the same ones.
     """
 
@@ -76,7 +76,7 @@ class OfflineDataset:
             [reward[s : s + n].sum() for s, n in zip(starts, lengths, strict=True)]
         )
         order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
-        cut = max(1, round(holdout * len(lengths)))
+        cut = min(max(1, round(holdout * len(lengths))), len(lengths) - 1)
 
         def transitions(episodes: torch.Tensor) -> torch.Tensor:
             rows = [torch.arange(starts[e], starts[e] + lengths[e]) for e in episodes]

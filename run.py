@@ -188,7 +188,8 @@ class Log:
         kept, done = ["phase,update,metric,value\n"], progress | {"eval": progress["policy"]}
         if self.path.exists():
             rows = self.path.read_text().splitlines(keepends=True)[1:]
-            kept += [r for r in rows if int(r.split(",")[1]) <= done[r.split(",")[0]]]
+            whole = [r for r in rows if r.count(",") == 3 and r.endswith("\n")]
+            kept += [r for r in whole if int(r.split(",")[1]) <= done[r.split(",")[0]]]
         datasets.write_atomic(self.path, "".join(kept).encode())
         self.tensorboard = SummaryWriter(folder)
         if track:

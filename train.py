@@ -13,6 +13,7 @@ buffer.py; what is not the method (checkpoints, logs, measures) in run.py and re
 
 import copy
 import json
+import math
 import subprocess
 import sys
 import time
@@ -171,16 +172,18 @@ def check(args: Args) -> None:
     Raises:
         ValueError: one sentence: which flag, what is wrong with it, what would do.
     """
-    for name in ("synthetic_fraction", "gamma", "tau", "average"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give 0 to 1.")
-    for name, value in plain(args).items():
+    shares = ("synthetic_fraction", "gamma", "tau", "average", "epsilon", "holdout")
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} is {value}"
+        if name in shares and not 0 <= value <= 1:
+            raise ValueError(f"{flag}: give 0 to 1.")
+        if type(value) is float and not 0 <= value < math.inf:
+            raise ValueError(f"{flag}: give 0 or more.")
         at_least = 0 if name in ("seed", "data_seed", "threads", "retain") else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value < at_least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {value}: give {at_least} or more.")
-    if not 0 < args.holdout < 1:
-        raise ValueError(f"--holdout is {args.holdout}: give a share between 0 and 1.")
+        if type(value) is int and value < at_least:
+            raise ValueError(f"{flag}: give {at_least} or more.")
+    if args.u_scale == 0:
+        raise ValueError("--u-scale is 0: give more, it divides u.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here; give --device cpu or auto.")
     if args.critic == "none" and args.synthetic_fraction > 0:
