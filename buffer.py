@@ -5,7 +5,7 @@
                         w = softmax(P_u),  P_u = clip(C - u, [0, C]),  u = the model's doubt
   mix              one training batch out of both (Algorithm 1, lines 24-29)
 
-Both keep a trajectory's observations once: row t+1 is the successor of row t. Drawing from D_m
+Both keep each observation once: a row's successor is another row. Drawing from D_m
 costs one binary search a row in the cumulative weights, which are summed once per collection;
 `torch.multinomial` would sum them at every draw, and takes at most 2^24 rows.
 
@@ -151,7 +151,7 @@ class SyntheticBuffer:
         self.p_u[slot] = p_u.masked_fill(rollout["filled"] == 0, -torch.inf)
         self.collections += 1
         w = torch.softmax(self.p_u.flatten().double(), 0)  # (retain*H*M,)  Eq. (7)
-        self.cdf = w.cumsum(0)
+        self.cdf = w.cpu().cumsum(0).to(w.device)  # on a GPU, cumsum is not reproducible
         self.ess = 1.0 / (w.square().sum() * (w > 0).sum())  # effective share of D_m's rows, 0..1
 
     def sample(self, size: int, generator: torch.Generator) -> Batch:
@@ -166,11 +166,8 @@ class SyntheticBuffer:
         point = torch.rand(size, generator=generator, device=device, dtype=torch.float64)
         # right=True never lands on a row of weight zero, not even for point 0
         pick = torch.searchsorted(self.cdf, point * self.cdf[-1], right=True)
-        collection, step_and_rollout = (
-            pick // (self.horizon * self.rollouts),
-            pick % (self.horizon * self.rollouts),
-        )
-        row = collection * (self.horizon + 1) * self.rollouts + step_and_rollout
+        collection = pick // (self.horizon * self.rollouts)
+        row = pick + collection * self.rollouts  # each collection has M rows more than transitions
         columns = (self.obs, self.state, self.actions, self.avail, self.reward, self.terminated)
         flat = [x.flatten(0, 2) for x in columns]
         return rows_to_batch(*flat, row, row + self.rollouts)

@@ -5,7 +5,7 @@
 
 Offline data need somebody who played. Here that is MAPPO [Yu et al., 2022]: one actor shared by all
 agents, one critic on the global state, PPO's clipped objective. Snapshots are kept on the way, and
-the four qualities of the public benchmarks follow from them [CFCQL, OMIGA; README, Datasets]:
+the four qualities of the public benchmarks follow from them [CFCQL, OMIGA; README, Data]:
 
   medium         episodes of the snapshot that wins half as often as the expert
                  (where nobody wins anything: whose return is half the expert's)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from buffer import OfflineDataset
 
+AGENT_KEYS = ("obs", "actions", "avail_actions")  # (E,T+1,N,.), the others (E,T+1,.)
 KEYS = ("state", "obs", "actions", "avail_actions", "reward", "terminated", "filled")
 
 
@@ -104,7 +105,7 @@ def save_episodes(path: Path, arrays: dict[str, np.ndarray], about: dict) -> Non
         for key in tqdm(sorted(arrays), desc=f"writing {Path(path).name}", unit="array"):
             f.create_dataset(key, data=arrays[key], compression="gzip", compression_opts=1,
                              shuffle=True, track_times=False)  # fmt: skip
-        f.attrs.update(about | {"sha256": digest.hexdigest()})
+        f.attrs.update(about | {"content_sha256": digest.hexdigest()})
     write_atomic(path, memory.getvalue())
 
 
@@ -141,10 +142,12 @@ def read_episodes(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, dict]:
     with h5py.File(path, "r") as f:
         if missing := [k for k in KEYS if k not in f]:
             raise ValueError(f"{path}: no key {', '.join(missing)}; found {', '.join(f)}.")
-        shapes = {k: f[k].shape for k in KEYS}
+        shapes = {k: getattr(f[k], "shape", ()) for k in KEYS}
+        if bad := [k for k in KEYS if len(shapes[k]) != (4 if k in AGENT_KEYS else 3)]:
+            raise ValueError(f"{path}: key {bad[0]} has shape {shapes[bad[0]]}: see datasets.py.")
         if len({s[:2] for s in shapes.values()}) != 1:
             raise ValueError(f"{path}: episodes and rows differ between keys: {shapes}.")
-        if len({shapes[k][2] for k in ("obs", "actions", "avail_actions")}) != 1:
+        if len({shapes[k][2] for k in AGENT_KEYS}) != 1:
             raise ValueError(f"{path}: the number of agents differs between keys: {shapes}.")
         filled = f["filled"][..., 0].astype(bool)  # (E,T+1)
         lengths = filled.sum(1) - 1
@@ -153,13 +156,17 @@ def read_episodes(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, dict]:
             raise ValueError(f"{path}: key filled, episode {bad.argmax()}: not a run of ones.")
         columns = {k: f[k][:][filled] for k in KEYS if k != "filled"}
         facts = {k: v.item() if hasattr(v, "item") else v for k, v in f.attrs.items()}
-    facts.pop("sha256", None)
     for key, values in columns.items():
         if not np.isfinite(values).all():
             row = np.argwhere(~np.isfinite(values))[0][0]
             episode = np.searchsorted(np.cumsum(lengths + 1), row, side="right")
             raise ValueError(f"{path}: key {key}, episode {episode}: NaN or infinity in it.")
-    choice, avail = columns["actions"][..., 0], columns.pop("avail_actions")  # (R,N), (R,N,A)
+    avail = columns.pop("avail_actions")  # (R,N,A)
+    choice = columns["actions"][..., 0].astype(np.int64)  # (R,N)
+    if not avail.any(-1).all():
+        row = np.argwhere(~avail.any(-1))[0][0]
+        episode = np.searchsorted(np.cumsum(lengths + 1), row, side="right")
+        raise ValueError(f"{path}: key avail_actions, episode {episode}: an agent may do nothing.")
     unknown = choice[(choice < 0) | (choice >= avail.shape[-1])]
     if len(unknown):
         raise ValueError(

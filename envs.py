@@ -99,7 +99,9 @@ def _import_smax() -> _Smax:
         import jax
         from jaxmarl.environments.smax import HeuristicEnemySMAX, smax_env
     except ImportError as e:
-        raise ImportError("SMAX needs JaxMARL: pip install jaxmarl==0.2.0 (README, Setup)") from e
+        raise ImportError(
+            "SMAX needs JaxMARL: pip install jaxmarl==0.2.0 (README, Quickstart)"
+        ) from e
     names = tuple(smax_env.MAP_NAME_TO_SCENARIO)
     return _Smax(jax, HeuristicEnemySMAX, smax_env.map_name_to_scenario, names)
 
@@ -168,7 +170,7 @@ class SmaxEnv:
         if seed is not None:
             self._seed = seed
         slots = np.arange(self.num_envs, dtype=np.uint32)
-        self._carry, seen = self._reset(self._seed % 2**32, slots)
+        self._carry, seen = self._reset(np.uint32(self._seed % 2**32), slots)
         self._seed += 1
         self._over = np.zeros(self.num_envs, bool)
         nothing = np.zeros(self.num_envs, bool)

@@ -71,7 +71,7 @@ class Actor(nn.Module):
         obs_mean, obs_std: (N,O) of the data.
         action_dim: A.
         discrete: masked softmax, else tanh in [-1,1].
-        shared: one network for all agents, told apart by a one-hot number; else one each.
+        shared: one network for all agents, told apart by a one-hot number (Deviation D14).
     """
 
     def __init__(self, obs_mean, obs_std, action_dim, hidden=256, discrete=True, shared=True):
@@ -115,6 +115,7 @@ class Actor(nn.Module):
         if not self.discrete:
             noise = torch.randn(shape, generator=generator, device=device)
             return (pi + epsilon * noise).clamp(-1, 1)
+        # Deviation D16: imagined rows are worth most where the data have none
         pi = (1 - epsilon) * pi + epsilon * avail / avail.sum(-1, keepdim=True)
         # The largest pi_a / Exp(1) falls on a with probability pi_a: a draw without a host sync
         clock = torch.empty(shape, device=device).exponential_(generator=generator)
@@ -178,7 +179,7 @@ def data_and_any(critic: Critic, batch, actor: Actor, generator, samples: int = 
     its density [Kumar et al., 2020, CQL(H); its multi-agent form in CFCQL].
     """
     if critic.discrete:
-        q = critic.utilities(batch.obs, batch.state)  # (K,B,N,A)
+        q = critic.utilities(batch.obs, batch.state)  # (K,B,N,A), for both values
         every = q.masked_fill(batch.avail == 0, -torch.inf).logsumexp(-1).sum(-1)
         return (q * batch.actions).sum((-2, -1)), every
     sigma, (b, n, a) = 0.2, batch.actions.shape
@@ -188,7 +189,8 @@ def data_and_any(critic: Critic, batch, actor: Actor, generator, samples: int = 
     draws, log_density = [uniform], [volume]
     for obs in (batch.obs, batch.next_obs):
         noise = torch.randn(shape, generator=generator, device=device)
-        draws.append((actor(obs, None).detach() + sigma * noise).clamp(-1, 1))
+        with torch.no_grad():
+            draws.append((actor(obs, None) + sigma * noise).clamp(-1, 1))
         log_normal = -0.5 * noise.square() - math.log(sigma * math.sqrt(2 * math.pi))
         log_density.append(log_normal.sum((-2, -1)))
     many, log_density = torch.cat(draws), torch.cat(log_density)  # (3 samples,B,N,A), (3 samples,B)
@@ -197,6 +199,16 @@ def data_and_any(critic: Critic, batch, actor: Actor, generator, samples: int = 
     q = critic(obs, state, many.flatten(0, 1)).view(-1, m, b)  # (K,3 samples,B)
     every = (q - log_density).logsumexp(1) - math.log(m)
     return critic(batch.obs, batch.state, batch.actions), every
+
+
+def over_real_rows(is_real: torch.Tensor, real_share: float | None) -> torch.Tensor:
+    """(B,) weights whose mean with a term is the term's mean over the rows of D.
+
+    real_share: expected share of such rows where a coin decides for whole batches, so that terms on
+        D keep their weight on average; None: this batch's own share.
+    """
+    share = is_real.mean().clamp(min=1e-6) if real_share is None else max(real_share, 1e-6)
+    return is_real / share
 
 
 def critic_loss(
@@ -212,6 +224,7 @@ def critic_loss(
     conservative_on: str = "both",
     backup: str = "policy",
     bellman_on: str = "both",
+    real_share: float | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Conservative Q-learning on a mixed batch, summed over the K critics.
 
@@ -223,8 +236,9 @@ def critic_loss(
         conservative_on: values are pushed down on the states of "both" (Eq. (10)) or "real" rows.
         backup: next actions by the "policy", or by the "max" of Eq. (11).
         bellman_on: rows of "both" (Algorithm 1) or of "real" data alone (Eq. (10)).
+        real_share: see `over_real_rows`.
     """
-    size, real = len(batch.reward), is_real / is_real.mean().clamp(min=1e-6)  # mean over real rows
+    size, real = len(batch.reward), over_real_rows(is_real, real_share)
     with torch.no_grad():
         if backup == "max" and critic.discrete:  # exact: each agent maximises its own utility
             q_next = target.utilities(batch.next_obs, batch.next_state).mean(0)  # (B,N,A)
@@ -257,6 +271,7 @@ def policy_loss(
     bc_lambda: float,
     normalise_q: bool = False,
     bc_on: str = "real",
+    real_share: float | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What the policies minimise: minus the value, plus the distance to the data's actions.
 
@@ -268,9 +283,10 @@ def policy_loss(
         bc_lambda: lambda, weight of cloning.
         normalise_q: divide the value by its mean magnitude, as TD3+BC does.
         bc_on: clone the rows of "both" (Eq. (12)) or of "real" data alone.
+        real_share: see `over_real_rows`.
     """
     size, pi = len(batch.reward), actor(batch.obs, batch.avail)  # (B,N,A)
-    real = is_real / is_real.mean().clamp(min=1e-6)
+    real = over_real_rows(is_real, real_share)
     distance = (pi - batch.actions).square().sum(-1).mean(-1)  # (B,) |pi_i(o^i) - a^i|^2
     value = torch.zeros_like(distance)
     if critic is not None:
@@ -293,7 +309,7 @@ def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
 def _self_check():
     """A bandit of two agents with four actions each; the data never try the last two.
 
-    Every joint action of the data pays the sum of the agents' numbers. Without the conservative
+    A joint action pays the sum of the chosen actions' numbers. Without the conservative
     term the critic extrapolates freely to the unseen actions; with it they must be worth less.
     """
     from types import SimpleNamespace

@@ -2,8 +2,8 @@
 
   python report.py RUN_DIR_OR_JSON ...      a markdown table of many runs, averaged over seeds
 
-All errors are mean squared errors in standardised units (1 = predicting the mean of the data) on
-held-out episodes, which no update has seen.
+Errors are mean squared errors in standardised units (1 = predicting the mean of the data) on
+held-out episodes, which no update has seen; only `rollout_sanity` starts from training rows.
 
 Sizes: B rows, N agents, O observation, S state, H horizon.
 """
@@ -22,6 +22,7 @@ import torch
 import datasets
 from buffer import OfflineDataset
 from logo_wm import LogoWM
+from macql import Actor
 from run import Run, evaluate, plain
 
 FILES = ("metrics.csv", "events.out.tfevents.*", "checkpoint.pt", "run.png", "final.json")
@@ -38,7 +39,7 @@ def one_step_errors(model: LogoWM, data: OfflineDataset) -> dict[str, float]:
     """How well the model predicts one step of the held-out episodes, by each of its paths.
 
     `deducibility_r2` is the share of the state's variance that R_d recovers from the *true* next
-    observations: an upper bound on what deduction can reach. `u_error_spearman` is the rank
+    observations (which it was not trained on). `u_error_spearman` is the rank
     correlation of the doubt u with the error of s'.
     """
     b = data.gather(data.held_out)
@@ -73,7 +74,9 @@ def windows(data: OfflineDataset, rows: torch.Tensor, horizon: int) -> torch.Ten
 
 
 @torch.no_grad()
-def rollout_errors(model: LogoWM, data: OfflineDataset, horizon: int) -> dict[str, list[float]]:
+def rollout_errors(
+    model: LogoWM, data: OfflineDataset, horizon: int, clamp: bool = True
+) -> dict[str, list[float]]:
     """Errors after 1..H imagined steps along the actions recorded in held-out episodes."""
     start = windows(data, data.held_out, horizon)
     if len(start) == 0:
@@ -82,7 +85,7 @@ def rollout_errors(model: LogoWM, data: OfflineDataset, horizon: int) -> dict[st
     out = model.imagine(
         lambda obs, avail: data.actions[start + next(steps)],
         data.obs[start], data.state[start], None, horizon,
-        torch.Generator(start.device).manual_seed(0), heads=False,
+        torch.Generator(start.device).manual_seed(0), heads=False, clamp=clamp,
     )  # fmt: skip
     errors = {"state": [], "persistence": [], "reward": []}
     for h in range(horizon):
@@ -97,7 +100,10 @@ def rollout_errors(model: LogoWM, data: OfflineDataset, horizon: int) -> dict[st
 
 
 @torch.no_grad()
-def rollout_sanity(model: LogoWM, clone, data: OfflineDataset, horizon: int, count: int = 2000):
+def rollout_sanity(
+    model: LogoWM, clone: Actor, data: OfflineDataset, horizon: int, heads: bool, clamp: bool,
+    count: int = 2000,
+) -> dict:  # fmt: skip
     """Does the cloned behaviour policy, acting in the model, live in the world of the data?
 
     From the same real rows, H steps are imagined and, beside them, read from the recording; each
@@ -109,7 +115,7 @@ def rollout_sanity(model: LogoWM, clone, data: OfflineDataset, horizon: int, cou
     start = data.gather(rows)
     out = model.imagine(
         lambda obs, avail: clone.explore(obs, avail, rng, epsilon=0.0),
-        start.obs, start.state, start.avail, horizon, rng,
+        start.obs, start.state, start.avail, horizon, rng, heads, clamp,
     )  # fmt: skip
     on = out["filled"].bool()  # (H,B)
     inside = (out["state"] >= model.state_min) & (out["state"] <= model.state_max)
@@ -153,8 +159,9 @@ def finish(run: Run, commit: str) -> dict:
     world_model = rollout = None
     if run.args.synthetic_fraction > 0:
         world_model = one_step_errors(run.world_model, data)
-        world_model["rollout"] = rollout_errors(run.world_model, data, run.args.horizon)
-        rollout = rollout_sanity(run.world_model, run.clone, data, run.args.horizon)
+        args, model = run.args, run.world_model
+        world_model["rollout"] = rollout_errors(model, data, args.horizon, args.clamp)
+        rollout = rollout_sanity(model, run.clone, data, args.horizon, args.heads, args.clamp)
     done, seconds = run.progress, run.seconds
     device = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor()
     final = {

@@ -7,6 +7,7 @@ and TensorBoard events (`Log`) and checkpoint.pt (`save_checkpoint`); report.py 
 import copy
 import io
 import math
+import pickle
 import sys
 import time
 from collections import deque
@@ -84,11 +85,12 @@ def build(args, folder: Path, data: OfflineDataset, facts: dict, env: envs.SmaxE
         return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=decay, fused=True)
 
     optimizers = {
-        "wm": adam(world_model, args.wm_lr, args.wm_weight_decay),
+        "wm": adam(world_model, args.wm_lr, args.wm_weight_decay),  # Deviation D15
         "clone": adam(clone, args.lr),
         "actor": adam(actor, args.lr),
         "critic": adam(critic, args.lr),
     }
+    # Deviation D10: old collections are of old policies, and fill the memory
     retain = args.retain or math.ceil(args.updates / args.collect_every)
     model_data = None
     if args.synthetic_fraction > 0:
@@ -102,7 +104,7 @@ def build(args, folder: Path, data: OfflineDataset, facts: dict, env: envs.SmaxE
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, done: int, total: int, decay: bool) -> None:
     """The step size after `done` of `total` updates: constant, or falling linearly to zero."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * (1 - done / total) if decay else lr
+        group["lr"] = lr * (1 - done / total) if decay else lr  # Deviation D12
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -158,12 +160,13 @@ def phase(
         bad = torch.where((bad == 0) & ~values.isfinite(), done, bad)
         run.progress[name] = done
         if done % args.log_every == 0 or last:
-            for metric, where in zip(metrics, bad.tolist(), strict=True):
-                if where:
-                    raise FloatingPointError(
-                        f"{title}, update {where}: {metric} is not finite. Lower the step size or "
-                        f"look at the data; {run.folder} keeps the last checkpoint before it."
-                    )
+            wrong = [(w, m) for w, m in zip(bad.tolist(), metrics, strict=True) if w]
+            if wrong:
+                where, metric = min(wrong, key=lambda pair: pair[0])
+                raise FloatingPointError(
+                    f"{title}, update {where}: {metric} is not finite. Lower the step size or "
+                    f"look at the data; {run.folder} keeps the last checkpoint before it."
+                )
             log.write(name, done, dict(zip(metrics, values.tolist(), strict=True)))
             pause = run.seconds["imagine"] + run.seconds["eval"] - elsewhere
             run.seconds[name] = before + time.time() - started - pause
@@ -227,6 +230,8 @@ def save_checkpoint(run: Run) -> None:
     state |= {
         "args": plain(run.args),
         "data": run.facts["sha256"],
+        "device": run.device.type,
+        "collections": run.model_data.collections if run.model_data else 0,
         "rng": run.rng.get_state(),
         "recipes": list(run.recipes),
     }
@@ -246,8 +251,13 @@ def load_checkpoint(run: Run, imagine: Callable) -> None:
     path = run.folder / "checkpoint.pt"
     if not path.exists():
         raise ValueError(f"--resume: no checkpoint in {run.folder}; start without --resume.")
-    state = torch.load(path, map_location=run.device, weights_only=True)
-    mine, theirs = plain(run.args), state["args"]
+    try:
+        state = torch.load(path, map_location=run.device, weights_only=True)
+        mine, theirs = plain(run.args), state["args"]
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"--resume: {path} is no checkpoint of this program: {e!r}") from e
+    if state["device"] != run.device.type:  # other random numbers: it would be another run
+        raise ValueError(f"--resume: {path} was trained with --device {state['device']}.")
     if state["data"] != run.facts["sha256"]:
         raise ValueError(f"--resume: {path} is of a run on other data than {run.facts['path']}.")
     if differ := [k for k in mine if k not in FREE and mine[k] != theirs.get(k)]:
@@ -258,7 +268,10 @@ def load_checkpoint(run: Run, imagine: Callable) -> None:
     for name, optimizer in run.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
     player = copy.deepcopy(run.actor)
+    if run.model_data:  # the ring goes on in the slot where it was
+        run.model_data.collections = state["collections"] - len(state["recipes"])
     for recipe in state["recipes"]:
+        run.recipes.append(recipe)
         run.rng.set_state(recipe["rng"].cpu())
         player.load_state_dict(recipe["actor"])
         imagine(run, player)

@@ -12,8 +12,9 @@ buffer.py; what is not the method (checkpoints, logs, measures) in run.py and re
 """
 
 import copy
-import json
+import importlib.util
 import math
+import os
 import subprocess
 import sys
 import time
@@ -30,7 +31,18 @@ import envs
 import report
 from buffer import mix
 from macql import Actor, critic_loss, policy_loss, soft_update
-from run import Log, Run, build, descend, evaluate, load_checkpoint, phase, plain, set_lr
+from run import (
+    Log,
+    Run,
+    build,
+    descend,
+    evaluate,
+    load_checkpoint,
+    phase,
+    plain,
+    save_checkpoint,
+    set_lr,
+)
 
 
 @dataclass
@@ -65,17 +77,17 @@ class Args:
     wm_batch_size: int = 256
     """B, rows a step [ours]"""
     wm_lr: float = 1e-3
-    """Adam's step size [Table 8]"""
+    """Adam's step size [as Table 8 has for the policy]"""
     wm_weight_decay: float = 0.1
-    """D15: decoupled weight decay of Phase 1, per step size; the paper's letter: 0 [AdamW]"""
+    """D15: decoupled weight decay of the world model; the paper's letter: 0 [ours]"""
     wm_hidden: int = 256
-    """width of the world model's layers [Table 8]"""
+    """width of the world model's layers [as Table 8 has for the policy]"""
     deduce_from: Literal["obs", "obs+state", "obs+state+actions"] = "obs+state+actions"
     """D1: what R_d sees beside o_hat; the paper's letter: obs [Fig. 2]"""
     eq4_input: Literal["obs", "next_obs"] = "obs"
     """D2: observation that E_p sees in Eq. (4); the paper's letter: next_obs [Eq. 4]"""
     heads: bool = True
-    """D3: learn who may do what and when an episode is over; the paper's letter: no [ours]"""
+    """D3: use learned heads for who may do what and for the end; the paper's letter: no [ours]"""
     clamp: bool = True
     """D4: keep imagined o, s, r inside the data's range; the paper's letter: no [ours]"""
     learn_variance: bool = False
@@ -99,7 +111,7 @@ class Args:
     u_scale: float = 1.0
     """u is divided by this in P_u; below 1, doubtful rows are drawn more rarely [Sec. 4.3: 1]"""
     penalty: float = 1.0
-    """lambda of Eq. (1): reward lost per unit of u, with --uncertainty penalty [Table 8: 1]"""
+    """lambda of Eq. (1): reward lost per unit of u, with --uncertainty penalty [ours]"""
 
     # Policy, Phase 3
     updates: int = 8_000
@@ -127,7 +139,7 @@ class Args:
     gamma: float = 0.95
     """discount per step; the field's 0.99 learns less within these few updates [ours]"""
     tau: float = 0.05
-    """share by which the target critic follows per update; 0.005 would need far more [ours]"""
+    """D19: share by which the target critic follows per update; the paper's letter: 1 [ours]"""
     cql_alpha: float = 0.1
     """alpha: weight of the conservative term in Eq. (10) [ours: the paper gives no value]"""
     conservative: Literal["logsumexp", "expectation"] = "logsumexp"
@@ -139,7 +151,7 @@ class Args:
     bellman_on: Literal["both", "real"] = "both"
     """D8: rows of the Bellman error; Eq. (10) prints real, Algorithm 1 both [Alg. 1]"""
     warm_start: bool = True
-    """start the policy from the clone, so that the first imagined battles are sensible [ours]"""
+    """D18: start the policy from the clone; the paper's letter: from nothing [ours]"""
     bc_lambda: float = 0.3
     """D17: lambda, weight of behaviour cloning in Eq. (12); the paper's letter: 1 [ours]"""
     bc_on: Literal["real", "both"] = "real"
@@ -184,12 +196,24 @@ def check(args: Args) -> None:
             raise ValueError(f"{flag}: give {at_least} or more.")
     if args.u_scale == 0:
         raise ValueError("--u-scale is 0: give more, it divides u.")
+    if args.synthetic_fraction > 0 and imagined_rows(args) == 0:
+        raise ValueError(
+            f"--synthetic-fraction {args.synthetic_fraction} of --batch-size {args.batch_size} is "
+            "less than a row: give 0 for MACQL, or more."
+        )
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--track needs Weights & Biases: pip install wandb.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here; give --device cpu or auto.")
     if args.critic == "none" and args.synthetic_fraction > 0:
         raise ValueError("--critic none clones real data: it needs --synthetic-fraction 0.")
     if args.checkpoint_every % args.log_every:
         raise ValueError("--checkpoint-every must be a multiple of --log-every.")
+
+
+def imagined_rows(args: Args) -> int:
+    """Imagined rows in a mixed batch."""
+    return round(args.synthetic_fraction * args.batch_size)
 
 
 def method(args: Args) -> str:
@@ -223,6 +247,8 @@ def prepare(args: Args, folder: Path) -> Run:
     )
     data, facts = datasets.load_dataset(path, args.holdout, args.data_seed, device)
     spec = env.spec
+    if facts.get("env_id", args.env_id) != args.env_id:
+        raise ValueError(f"{path} was recorded on {facts['env_id']}, not on {args.env_id}.")
     found = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])
     needed = (spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim)
     if found != needed:
@@ -233,7 +259,9 @@ def prepare(args: Args, folder: Path) -> Run:
     print(
         f"{method(args).upper()} on {args.env_id}, simulator {spec.backend}, device {device}, seed "
         f"{args.seed}\ndata {path}: {facts['episodes']} episodes, {facts['transitions']:,} "
-        f"transitions, return {facts['return_mean']:.2f} +- {facts['return_std']:.2f}\nrun {folder}"
+        f"transitions, return {facts['return_mean']:.2f} +- {facts['return_std']:.2f}"
+        + (f", {facts['win_rate']:.0%} won" if "win_rate" in facts else "")
+        + f"\n     sha256 {facts['sha256']}\nrun {folder}"
     )
     return build(args, folder, data, facts, env)
 
@@ -281,6 +309,11 @@ def imagine(run: Run, actor: Actor) -> None:
     )  # fmt: skip
     if args.uncertainty == "penalty":
         rollout["reward"] = rollout["reward"] - args.penalty * rollout["u"]  # Eq. (1)
+    if not rollout["u"].isfinite().all():  # the one look at the values, once per collection
+        raise FloatingPointError(
+            f"Phase 2, policy update {run.progress['policy'] + 1}: u is not finite; the model's "
+            "rollouts diverge (--clamp keeps them in the data's range)."
+        )
     rollout["u"] = rollout["u"] / args.u_scale
     run.model_data.add(rollout, args.cap, weighted=args.uncertainty == "weight")
     run.seconds["imagine"] += time.time() - started
@@ -290,17 +323,20 @@ def imagine(run: Run, actor: Actor) -> None:
 def phases_2_and_3_policy(run: Run, log: Log) -> None:
     """Algorithm 1, lines 6-32: imagine, and improve the policy on real and imagined rows."""
     args = run.args
-    if args.warm_start and run.progress["policy"] == 0:
+    if args.warm_start and run.progress["policy"] == 0:  # Deviation D18
         run.actor.load_state_dict(run.clone.state_dict())
         run.averaged.load_state_dict(run.clone.state_dict())
-    synthetic = round(args.synthetic_fraction * args.batch_size)  # imagined rows of a batch
+    synthetic = imagined_rows(args)
+    real_share = 1 - args.synthetic_fraction if args.mixing == "coin" else None
 
     def draw() -> tuple:
         if args.mixing == "coin":  # Algorithm 1, line 25: a batch is all real or all imagined
-            fake = torch.rand((), generator=run.rng, device=run.device) < args.synthetic_fraction
+            toss = torch.rand((), generator=run.rng, device=run.device)
+            fake = toss < args.synthetic_fraction
             source = run.model_data if fake else run.data
             batch = source.sample(args.batch_size, run.rng)
             return batch, torch.full_like(batch.reward, float(not fake))
+        # Deviation D11: both in every batch
         real = run.data.sample(args.batch_size - synthetic, run.rng)
         return mix(real, run.model_data.sample(synthetic, run.rng) if synthetic else None)
 
@@ -316,18 +352,19 @@ def phases_2_and_3_policy(run: Run, log: Log) -> None:
             loss, parts = critic_loss(
                 run.critic, run.critic_target, run.actor, batch, is_real, args.gamma,
                 args.cql_alpha, run.rng, args.conservative, args.conservative_on, args.backup,
-                args.bellman_on,
+                args.bellman_on, real_share,
             )  # fmt: skip
             descend(run.optimizers["critic"], loss)
-            soft_update(run.critic_target, run.critic, args.tau)
+            soft_update(run.critic_target, run.critic, args.tau)  # Deviation D19
             metrics |= {f"q_{name}": value for name, value in parts.items()}
         set_lr(run.optimizers["actor"], args.lr, k, args.updates, args.lr_decay)
         critic = run.critic if args.critic == "cql" else None
-        loss, parts = policy_loss(
-            run.actor, critic, batch, is_real, args.bc_lambda, args.normalise_q, args.bc_on
-        )
+        loss, parts = policy_loss(  # Deviation D17: lambda
+            run.actor, critic, batch, is_real, args.bc_lambda, args.normalise_q, args.bc_on,
+            real_share,
+        )  # fmt: skip
         descend(run.optimizers["actor"], loss)
-        soft_update(run.averaged, run.actor, 1 - args.average)
+        soft_update(run.averaged, run.actor, 1 - args.average)  # Deviation D13
         metrics |= {f"pi_{name}": value for name, value in parts.items()}
         if synthetic:
             metrics["ess"] = run.model_data.ess
@@ -350,7 +387,9 @@ def main(args: Args) -> dict:
     source = args.dataset.stem if args.dataset else args.quality
     name = f"{args.env_id}-{source}-{backend}-{method(args)}-seed{args.seed}"
     folder = args.out or Path("runs") / name
-    datasets.write_atomic(folder / "args.json", json.dumps(plain(args), indent=2).encode())
+    probe = folder / f".{os.getpid()}.probe"  # can this folder be written?
+    datasets.write_atomic(probe, b"")
+    probe.unlink()
     run = prepare(args, folder)
     run.started = started
     if args.resume:
@@ -359,6 +398,7 @@ def main(args: Args) -> dict:
         for old in (p for k in report.FILES for p in folder.glob(k)):
             print(f"replacing {old}")
             old.unlink()
+        save_checkpoint(run)  # so that --resume works from the first moment
     log = Log(folder, run.progress, plain(args), args.track)
     phase_0_clone(run, log)
     if args.synthetic_fraction > 0:

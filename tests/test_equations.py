@@ -414,7 +414,7 @@ def value_of(q: np.ndarray, joint: tuple) -> float:
 
 
 def naive_critic_loss(
-    case, conservative="logsumexp", conservative_on="real", backup="policy", bellman_on="both"
+    case, conservative="logsumexp", conservative_on="both", backup="policy", bellman_on="both"
 ):
     """Eq. (10), (11) over discrete joint actions: (loss, regularisation, Bellman error)."""
     batch, k_all = case.batch, range(case.critic.critics)
@@ -492,7 +492,7 @@ def test_the_log_sum_exp_over_all_joint_actions_is_exact(critics):
 LITERAL = [
     {},
     {"conservative": "expectation"},
-    {"conservative_on": "both"},
+    {"conservative_on": "real"},
     {"backup": "max"},
     {"bellman_on": "real"},
     {

@@ -87,7 +87,9 @@ def test_the_conservative_gradient_is_the_policy_minus_the_data_and_zero_where_f
     critic.utilities = lambda obs, state: table
 
     def gradient(alpha):
-        loss, _ = critic_loss(critic, target, actor, batch, is_real, 0.99, alpha, g, conservative)
+        loss, _ = critic_loss(
+            critic, target, actor, batch, is_real, 0.99, alpha, g, conservative, "real"
+        )
         return torch.autograd.grad(loss, table)[0]
 
     pushed = (gradient(alpha) - gradient(0.0)) / alpha

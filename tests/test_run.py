@@ -56,7 +56,7 @@ def test_a_run_leaves_complete_results(go, tmp_path):
     final = go()
     assert json.loads((tmp_path / "run" / "final.json").read_text()) == final
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {
-        "metrics.csv", "checkpoint.pt", "run.png", "final.json", "args.json",
+        "metrics.csv", "checkpoint.pt", "run.png", "final.json",
     }  # fmt: skip
     assert (tmp_path / "run" / "run.png").read_bytes()[:4] == b"\x89PNG"
     expected = {
@@ -88,26 +88,31 @@ def test_the_same_seed_gives_the_same_scores_and_another_seed_others(go, tmp_pat
     assert scores(first) != scores(other) and any(not torch.equal(a[k], c[k]) for k in a)
 
 
-@pytest.mark.parametrize("steps", [3, 5, 9, 13, 17, 21])
+@pytest.mark.parametrize("steps", [[0], [3], [9], [12, 5], [17], [18, 3, 3], [21]])
 def test_a_run_killed_anywhere_and_resumed_ends_as_if_nothing_had_happened(
     go, tmp_path, monkeypatch, steps
 ):
-    """Killed after so many gradient steps: in the clone (6), the model (4), the policy (12)."""
-    whole, done = go(out="whole"), [0]
-    descend = run_module.descend
+    """Killed, once or more, after so many gradient steps: 6 of the clone, 4 of the model, 12.
 
-    def dying(*arguments):
-        done[0] += 1
-        if done[0] > steps:
-            raise KeyboardInterrupt
-        descend(*arguments)
+    D_m's ring of two collections wraps around, since every update of the policy plays one.
+    """
+    wrapping = ("--collect-every", "1")
+    whole, descend = go(*wrapping, out="whole"), run_module.descend
+    for life, left in enumerate(steps):
+        done = [0]
 
-    monkeypatch.setattr(train, "descend", dying)
-    with pytest.raises(KeyboardInterrupt):
-        go(out="killed")
-    assert not (tmp_path / "killed" / "final.json").exists()
+        def dying(*arguments, done=done, left=left):
+            done[0] += 1
+            if done[0] > left:
+                raise KeyboardInterrupt
+            descend(*arguments)
+
+        monkeypatch.setattr(train, "descend", dying)
+        with pytest.raises(KeyboardInterrupt):
+            go(*wrapping, *(["--resume"] if life else []), out="killed")
+        assert not (tmp_path / "killed" / "final.json").exists()
     monkeypatch.setattr(train, "descend", descend)
-    resumed = go("--resume", out="killed")
+    resumed = go(*wrapping, "--resume", out="killed")
     assert scores(resumed) == scores(whole)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -119,7 +124,7 @@ FLAGS = [
     "--deduce-from obs", "--deduce-from obs+state", "--eq4-input next_obs", "--no-heads",
     "--no-clamp", "--learn-variance", "--retain 0", "--uncertainty penalty", "--uncertainty none",
     "--mixing coin", "--no-lr-decay --average 0", "--no-shared-actor", "--critics 1",
-    "--conservative expectation --conservative-on both", "--backup max", "--bellman-on real",
+    "--conservative expectation", "--conservative-on real", "--backup max", "--bellman-on real",
     "--bc-on both", "--normalise-q", "--wm-weight-decay 1.0", "--synthetic-fraction 0",
     "--synthetic-fraction 1", "--no-warm-start", "--epsilon 0", "--u-scale 0.1",
     "--cql-alpha 9", "--bc-lambda 9", "--cap 0.01", "--gamma 0.5",
@@ -170,12 +175,13 @@ BAD = {
     "--updates 0": "--updates is 0",
     "--synthetic-fraction 1.5": "--synthetic-fraction is 1.5",
     "--synthetic-fraction nan": "--synthetic-fraction is nan",
+    "--synthetic-fraction 0.01": "less than a row",
     "--holdout 1.5": "--holdout is 1.5",
     "--lr -0.1": "--lr is -0.1",
     "--gamma inf": "--gamma is inf",
     "--u-scale 0": "--u-scale is 0",
     "--critic none": "--synthetic-fraction 0",
-    "--env-id 2s3z": "observation",
+    "--env-id 2s3z": "recorded on 3s_vs_5z",
     "--dataset nothing.h5": "nothing.h5",
     "--resume": "no checkpoint",
     "--checkpoint-every 3 --log-every 2": "multiple",
@@ -206,8 +212,21 @@ def test_a_gpu_that_is_not_there_is_refused(go, monkeypatch):
 
 def test_a_checkpoint_of_other_flags_is_refused(go):
     go()
-    with pytest.raises(SystemExit, match="--gamma 0.99"):
+    with pytest.raises(SystemExit, match="--gamma 0.95"):
         go("--resume", "--gamma", "0.9")
+
+
+def test_a_broken_checkpoint_is_refused(go, tmp_path):
+    go()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(SystemExit, match="no checkpoint of this program"):
+        go("--resume")
+
+
+def test_a_large_seed_plays_and_a_diverging_model_stops(go):
+    assert math.isfinite(go("--seed", "123456789")["eval"]["return_mean"])
+    with pytest.raises(SystemExit, match="not finite"):
+        go("--no-clamp", "--wm-lr", "1e18", "--no-lr-decay")
 
 
 def test_a_dataset_with_nan_is_refused(go, dataset, tmp_path):
@@ -217,6 +236,15 @@ def test_a_dataset_with_nan_is_refused(go, dataset, tmp_path):
         f["reward"][3, 1] = math.nan
     with pytest.raises(SystemExit, match=r"reward, episode 3"):
         go("--dataset", str(broken))
+
+
+def test_a_dataset_of_other_sizes_is_refused(go, dataset, tmp_path):
+    nameless = tmp_path / "nameless.h5"
+    nameless.write_bytes(dataset.read_bytes())
+    with h5py.File(nameless, "r+") as f:
+        del f.attrs["env_id"]
+    with pytest.raises(SystemExit, match=r"\(3, 101, 96, 10\).*\(5, 127, 120, 10\)"):
+        go("--dataset", str(nameless), "--env-id", "2s3z")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(go, tmp_path):
@@ -232,7 +260,7 @@ def test_a_full_disk_leaves_no_half_written_file(go, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SystemExit, match="No space left"):
         go()
-    assert [p for p in (tmp_path / "run").iterdir()] == []
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_every_flag_tells_its_source():
