@@ -8,6 +8,7 @@ held-out episodes, which no update has seen; only `rollout_sanity` starts from t
 Sizes: B rows, N agents, O observation, S state, H horizon.
 """
 
+import io
 import json
 import platform
 import re
@@ -35,6 +36,15 @@ def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 @torch.no_grad()
+def doubt_and_error(model: LogoWM, data: OfflineDataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """u (B,) and the length (B,) of the error of s', on every held-out row; standardised."""
+    b = data.gather(data.held_out)
+    out = model.step(b.obs, b.state, b.actions, clamp=False)
+    miss = model.standardise("state", out["next_state"])
+    return out["u"], (miss - model.standardise("state", b.next_state)).norm(dim=-1)
+
+
+@torch.no_grad()
 def one_step_errors(model: LogoWM, data: OfflineDataset) -> dict[str, float]:
     """How well the model predicts one step of the held-out episodes, by each of its paths.
 
@@ -53,7 +63,6 @@ def one_step_errors(model: LogoWM, data: OfflineDataset) -> dict[str, float]:
     s = model.standardise("state", b.state)
     ideal = model.deduce(model.standardise("obs", b.next_obs), s, b.actions)[:, :-1]
     unexplained = (ideal - s_next).square().sum() / (s_next - s_next.mean(0)).square().sum()
-    miss = (model.standardise("state", out["next_state"]) - s_next).norm(dim=-1)  # (B,)
     return {
         "obs_mse": error("obs", out["next_obs"], b.next_obs),
         "state_mse": error("state", out["next_state"], b.next_state),
@@ -63,7 +72,7 @@ def one_step_errors(model: LogoWM, data: OfflineDataset) -> dict[str, float]:
         "persistence_obs_mse": error("obs", b.obs, b.next_obs),
         "persistence_state_mse": error("state", b.state, b.next_state),
         "deducibility_r2": 1 - unexplained.item(),
-        "u_error_spearman": rank_correlation(out["u"], miss),
+        "u_error_spearman": rank_correlation(*doubt_and_error(model, data)),
     }
 
 
@@ -151,7 +160,7 @@ def pooled(evaluations: list[dict]) -> dict:
     }
 
 
-def finish(run: Run, commit: str) -> dict:
+def finish(run: Run, method: str, commit: str) -> dict:
     """Measure, write final.json and run.png, print the closing table; returns the JSON."""
     last = run.evaluations[-run.args.final_evals :]
     score, data, facts = pooled(last), run.data, run.facts
@@ -166,6 +175,7 @@ def finish(run: Run, commit: str) -> dict:
     device = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor()
     final = {
         "args": plain(run.args),
+        "method": method,
         "commit": commit,
         "versions": {k: version(k) for k in ("torch", "numpy", "jaxmarl", "jax")}
         | {"python": platform.python_version()},
@@ -196,8 +206,7 @@ def finish(run: Run, commit: str) -> dict:
 def table(final: dict, folder) -> str:
     """The closing table, for people."""
     data, clone, score = final["dataset"], final["clone"], final["eval"]
-    name = {0.0: "MACQL"}.get(final["args"]["synthetic_fraction"], "LOGO")
-    name = "BC, again" if final["args"]["critic"] == "none" else name
+    name = {"bc": "cloning, twice as long"}.get(final["method"], final["method"].upper())
     lines = [
         f"\n{'':24}{'return':>8}{'95 % +-':>9}{'won':>7}",
         f"{'data (' + str(data.get('quality', 'given file')) + ')':24}{data['return_mean']:8.2f}"
@@ -222,8 +231,6 @@ def table(final: dict, folder) -> str:
 
 def draw(run, final: dict) -> None:
     """run.png: return while training, the model's error along imagined steps, u against error."""
-    import io
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -246,12 +253,9 @@ def draw(run, final: dict) -> None:
         ax.set(xlabel="imagined steps", ylabel="state error (standardised MSE)",
                title="along recorded actions, held out", yscale="log")  # fmt: skip
         ax.legend()
-        b = run.data.gather(run.data.held_out)
-        out = run.world_model.step(b.obs, b.state, b.actions, clamp=False)
-        miss = run.world_model.standardise("state", out["next_state"])
-        miss = (miss - run.world_model.standardise("state", b.next_state)).norm(dim=-1)
+        u, miss = doubt_and_error(run.world_model, run.data)
         ax = panels[2]
-        ax.scatter(out["u"].cpu(), miss.cpu(), s=3, alpha=0.3, edgecolors="none")
+        ax.scatter(u.cpu(), miss.cpu(), s=3, alpha=0.3, edgecolors="none")
         ax.set(xlabel="doubt u", ylabel="true error of s'", xscale="log", yscale="log",
                title=f"rank correlation {wm['u_error_spearman']:.2f}")  # fmt: skip
     memory = io.BytesIO()
@@ -271,11 +275,13 @@ def compare(paths: list[Path]) -> str:
         groups.setdefault(re.sub(r"-seed\d+$", "", name), []).append(json.loads(file.read_text()))
 
     def over_seeds(values: list[float], digits: int = 2) -> str:
-        spread = 0.0
-        if len(values) > 1:  # Student's t: the seeds are few
-            quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.6)
-            spread = quantile * np.std(values, ddof=1) / len(values) ** 0.5
-        return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
+        mean = f"{np.mean(values):.{digits}f}"
+        if len(values) == 1:
+            return mean
+        # Student's t, for the seeds are few
+        quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.57)
+        spread = quantile * np.std(values, ddof=1) / len(values) ** 0.5
+        return f"{mean} ± {spread:.{digits}f}"
 
     lines = [
         "| setting | seeds | return | won | clone's return | data's return | battles a seed |",

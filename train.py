@@ -405,7 +405,7 @@ def main(args: Args) -> dict:
         phase_1_world_model(run, log)
     phases_2_and_3_policy(run, log)
     log.tensorboard.close()
-    return report.finish(run, commit())
+    return report.finish(run, method(args), commit())
 
 
 def cli(argv: list[str] | None = None) -> dict:
