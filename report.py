@@ -172,14 +172,16 @@ def finish(run: Run, method: str, commit: str) -> dict:
         world_model["rollout"] = rollout_errors(model, data, args.horizon, args.clamp)
         rollout = rollout_sanity(model, run.clone, data, args.horizon, args.heads, args.clamp)
     done, seconds = run.progress, run.seconds
-    device = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor()
+    device = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
+    if run.device.type == "cuda":
+        device = f"cuda {torch.cuda.get_device_name()}"
     final = {
         "args": plain(run.args),
         "method": method,
         "commit": commit,
         "versions": {k: version(k) for k in ("torch", "numpy", "jaxmarl", "jax")}
         | {"python": platform.python_version()},
-        "device": f"{run.device.type} {device or platform.machine()}",
+        "device": device,
         "backend": run.env.spec.backend,
         "env_id": run.args.env_id,
         "dataset": facts,

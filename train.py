@@ -371,7 +371,7 @@ def phases_2_and_3_policy(run: Run, log: Log) -> None:
         return metrics
 
     def score(k: int) -> dict[str, float]:
-        seed = 10**6 * (args.seed + 1) + k  # other battles every time, none of the data's
+        seed = 10**6 * (args.seed + 1) + k  # other battles every time
         result = evaluate(run, run.averaged, seed, args.eval_episodes)
         run.evaluations.append({"update": k + 1, **result})
         return result
