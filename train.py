@@ -108,8 +108,8 @@ class Args:
     """use of u: sampling weight of Eq. (7), reward penalty of Eq. (1), or none [Sec. 4.3]"""
     cap: float = 10.0
     """C: bound of the confidence; exp(-C) is the least relative weight [Sec. 4.3 gives no value]"""
-    u_scale: float = 1.0
-    """u is divided by this in P_u; below 1, doubtful rows are drawn more rarely [Sec. 4.3: 1]"""
+    u_scale: float = 0.2
+    """D20: unit of u in P_u; a smaller one trusts doubtful rows less; the paper's letter: 1 [ours]"""
     penalty: float = 1.0
     """lambda of Eq. (1): reward lost per unit of u, with --uncertainty penalty [ours]"""
 
@@ -314,7 +314,7 @@ def imagine(run: Run, actor: Actor) -> None:
             f"Phase 2, policy update {run.progress['policy'] + 1}: u is not finite; the model's "
             "rollouts diverge (--clamp keeps them in the data's range)."
         )
-    rollout["u"] = rollout["u"] / args.u_scale
+    rollout["u"] = rollout["u"] / args.u_scale  # Deviation D20
     run.model_data.add(rollout, args.cap, weighted=args.uncertainty == "weight")
     run.seconds["imagine"] += time.time() - started
     run.imagined_rows += args.horizon * args.rollouts
