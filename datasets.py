@@ -127,7 +127,7 @@ def load_dataset(path: Path, holdout: float, seed: int, device: torch.device):
     tensors = {k: torch.as_tensor(v, dtype=torch.float32).to(device) for k, v in columns.items()}
     data = OfflineDataset(**tensors, lengths=lengths, holdout=holdout, seed=seed)
     facts |= {
-        "path": str(path),
+        "path": os.path.relpath(path),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "episodes": len(lengths),
         "transitions": int(lengths.sum()),

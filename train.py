@@ -109,7 +109,7 @@ class Args:
     cap: float = 10.0
     """C: bound of the confidence; exp(-C) is the least relative weight [Sec. 4.3 gives no value]"""
     u_scale: float = 0.2
-    """D20: unit of u in P_u; a smaller one trusts doubtful rows less; the paper's letter: 1 [ours]"""
+    """D20: unit of u in P_u: a smaller one trusts doubt more; the paper's letter: 1 [ours]"""
     penalty: float = 1.0
     """lambda of Eq. (1): reward lost per unit of u, with --uncertainty penalty [ours]"""
 
