@@ -70,7 +70,8 @@ def join_rounds(rounds: list[dict[str, np.ndarray]], limit: int) -> dict[str, np
             x = np.moveaxis(x, 0, 1)  # (slots, T or T+1, ...)
             out = np.zeros((len(x), limit + 1, *x.shape[2:]), x.dtype)
             out[:, : x.shape[1]] = x
-            return out * rows.reshape(rows.shape + (1,) * (x.ndim - 2)).astype(x.dtype)
+            out[~rows] = 0
+            return out
 
         parts.append(
             {
@@ -127,7 +128,7 @@ def load_dataset(path: Path, holdout: float, seed: int, device: torch.device):
     tensors = {k: torch.as_tensor(v, dtype=torch.float32).to(device) for k, v in columns.items()}
     data = OfflineDataset(**tensors, lengths=lengths, holdout=holdout, seed=seed)
     facts |= {
-        "path": os.path.relpath(path),
+        "path": str(path),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "episodes": len(lengths),
         "transitions": int(lengths.sum()),
@@ -194,7 +195,7 @@ def describe(path: Path) -> str:
         f"{path}\n  {n} agents, {a} actions, observations {o}, state {s}\n"
         f"  {facts['episodes']} episodes, {facts['transitions']:,} transitions, "
         f"return {facts['return_mean']:.2f} +- {facts['return_std']:.2f}{won}\n"
-        f"  sha256 {facts['sha256']}"
+        f"  sha256 {facts['sha256']}, of the content {facts.get('content_sha256', 'not stored')}"
     )
 
 

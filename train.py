@@ -245,6 +245,7 @@ def prepare(args: Args, folder: Path) -> Run:
     path = args.dataset or collect.load_or_record(
         args.env_id, args.quality, args.episodes, args.data_seed
     )
+    path = Path(os.path.relpath(path))  # results name no folder of this machine
     data, facts = datasets.load_dataset(path, args.holdout, args.data_seed, device)
     spec = env.spec
     if facts.get("env_id", args.env_id) != args.env_id:

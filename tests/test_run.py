@@ -22,7 +22,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 TINY = (
     "--updates 6 --wm-updates 4 --batch-size 16 --wm-batch-size 16 --hidden 16 --wm-hidden 16 "
     "--rollouts 8 --collect-every 2 --retain 2 --horizon 3 --eval-every 2 --eval-episodes 8 "
-    "--final-evals 2 --log-every 1 --checkpoint-every 2 --threads 1 --device cpu"
+    "--final-evals 2 --log-every 1 --checkpoint-every 2 --threads 1 --device cpu --u-scale 5"
 ).split()
 
 
@@ -126,7 +126,7 @@ FLAGS = [
     "--mixing coin", "--no-lr-decay --average 0", "--no-shared-actor", "--critics 1",
     "--conservative expectation", "--conservative-on real", "--backup max", "--bellman-on real",
     "--bc-on both", "--normalise-q", "--wm-weight-decay 1.0", "--synthetic-fraction 0",
-    "--synthetic-fraction 1", "--no-warm-start", "--epsilon 0", "--u-scale 1",
+    "--synthetic-fraction 1", "--no-warm-start", "--epsilon 0", "--u-scale 2",
     "--cql-alpha 9", "--bc-lambda 9", "--cap 0.01", "--gamma 0.5",
     "--tau 0.5", "--rollouts 4", "--batch-size 8", "--lr 0.01", "--wm-lr 0.01", "--hidden 8",
     "--wm-hidden 8", "--wm-batch-size 8", "--horizon 1", "--collect-every 1",
