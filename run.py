@@ -196,10 +196,8 @@ class Log:
         datasets.write_atomic(self.path, "".join(kept).encode())
         self.tensorboard = SummaryWriter(folder)
         if track:
-            try:
-                import wandb
-            except ImportError as e:
-                raise ImportError("--track needs wandb: pip install wandb") from e
+            import wandb
+
             self.wandb = wandb
             wandb.init(project="logo", name=folder.name, config=config)
 
