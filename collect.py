@@ -22,6 +22,7 @@ Sizes: T steps, E parallel episodes, N agents, O observation, S state, A actions
 import dataclasses
 import hashlib
 import io
+import math
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,8 @@ import envs
 Quality = Literal["medium", "medium-replay", "expert", "mixed"]
 BEHAVIOUR = Path(__file__).parent / "behaviour"
 CACHE = Path(__file__).parent / "data"
+# Returns of the public medium datasets [OMIGA], which our medium policies are chosen to match
+PUBLIC_MEDIUM = {"Hopper-3x1": 724.0, "Ant-2x4": 1419.0, "HalfCheetah-6x1": 1426.0}
 
 
 @dataclasses.dataclass
@@ -75,6 +78,8 @@ class Args:
     """passes over each iteration's data"""
     minibatches: int = 4
     """optimiser steps per pass"""
+    rows: int = 1
+    """environment steps between two PPO updates, at least; whole rounds of episodes are played"""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -82,32 +87,77 @@ class Args:
 # --------------------------------------------------------------------------------------------------
 
 
-def actor_net(obs_dim: int, action_dim: int, hidden: int) -> nn.Sequential:
-    """(..., O) -> (..., A) logits; the same weights for every agent."""
+class Player(nn.Module):
+    """The agents' behaviour policies pi_i(a|o^i), one network.
+
+    Discrete: every agent is alike, logits of a masked softmax. Continuous: the agents drive
+    different joints, so each is told its number; Gaussian with one learned spread per motor.
+
+    Args:
+        spec: of the environment. hidden: width of the two hidden layers.
+    """
+
+    def __init__(self, spec: envs.Spec, hidden: int):
+        super().__init__()
+        n, o, a = spec.num_agents, spec.obs_dim, spec.action_dim
+        self.discrete = spec.discrete
+        self.net = mlp(o if spec.discrete else o + n, hidden, a)
+        if not spec.discrete:
+            self.log_std = nn.Parameter(torch.full((n, a), -0.5))
+            self.register_buffer("obs_mean", torch.zeros(n, o))
+            self.register_buffer("obs_std", torch.ones(n, o))
+            self.register_buffer("number", torch.eye(n), persistent=False)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """(...,N,O) -> (...,N,A): logits, or means."""
+        if self.discrete:
+            return self.net(obs)
+        x = ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
+        return self.net(torch.cat([x, self.number.expand(*x.shape[:-1], -1)], -1))
+
+    def distribution(self, obs: torch.Tensor, avail: torch.Tensor | None):
+        """log pi(.|o) (...,N,A), forbidden actions very negative; or (means, log_std)."""
+        out = self(obs)
+        if self.discrete:
+            return out.masked_fill(avail == 0, -1e9).log_softmax(-1)
+        return out, self.log_std.expand_as(out)
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Two hidden layers with tanh."""
     return nn.Sequential(
-        nn.Linear(obs_dim, hidden), nn.Tanh(),
+        nn.Linear(inputs, hidden), nn.Tanh(),
         nn.Linear(hidden, hidden), nn.Tanh(),
-        nn.Linear(hidden, action_dim),
+        nn.Linear(hidden, outputs),
     )  # fmt: skip
 
 
-def log_policy(actor: nn.Module, obs: torch.Tensor, avail: torch.Tensor) -> torch.Tensor:
-    """log pi(a|o) (..., A); forbidden actions have -inf."""
-    return actor(obs).masked_fill(avail == 0, -torch.inf).log_softmax(-1)
-
-
-def draw(log_pi: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One action each, as one-hot (..., A)."""
-    flat = log_pi.flatten(0, -2).exp()
+def draw(player: Player, obs, avail, generator: torch.Generator) -> torch.Tensor:
+    """One action each (...,N,A): one-hot, or Gaussian (to be cut to [-1,1] by the environment)."""
+    if not player.discrete:
+        mean, log_std = player.distribution(obs, avail)
+        return mean + log_std.exp() * torch.randn(mean.shape, generator=generator)
+    flat = player.distribution(obs, avail).flatten(0, -2).exp()
     choice = torch.multinomial(flat, 1, generator=generator)  # (rows,1)
-    return torch.zeros_like(flat).scatter_(1, choice, 1.0).view_as(log_pi)
+    return torch.zeros_like(flat).scatter_(1, choice, 1.0).view(*obs.shape[:-1], -1)
+
+
+def log_prob_and_entropy(player: Player, obs, avail, actions) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi_i(a^i|o^i) and the entropy of pi_i, both (...,N), nats."""
+    if player.discrete:
+        log_pi = player.distribution(obs, avail)
+        return (log_pi * actions).sum(-1), -(log_pi.exp() * log_pi).sum(-1)
+    mean, log_std = player.distribution(obs, avail)
+    z = (actions - mean) / log_std.exp()
+    log_density = -0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return log_density.sum(-1), (log_std + 0.5 + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 @torch.no_grad()
-def play(env, actor: nn.Module, generator: torch.Generator, seed: int) -> dict[str, np.ndarray]:
+def play(env, player: Player, generator: torch.Generator, seed: int) -> dict[str, np.ndarray]:
     """One whole episode in each slot.
 
-    Returns arrays obs (T+1,E,N,O), state (T+1,E,S), avail (T+1,E,N,A), actions (T,E,N,A),
+    Returns arrays obs (T+1,E,N,O), state (T+1,E,S), avail (T+1,E,N,A) or None, actions (T,E,N,A),
     reward, terminated, won (T,E) and filled (T,E): 1 while the slot's episode was running.
     """
     keys = ("obs", "state", "avail", "actions", "reward", "terminated", "won", "filled")
@@ -118,13 +168,13 @@ def play(env, actor: nn.Module, generator: torch.Generator, seed: int) -> dict[s
             log[k].append(getattr(now, k))
         if now.over.all():
             break
-        log_pi = log_policy(actor, torch.tensor(now.obs), torch.tensor(now.avail))
-        actions = draw(log_pi, generator).numpy()
+        avail = None if now.avail is None else torch.tensor(now.avail)
+        actions = draw(player, torch.tensor(now.obs), avail, generator).numpy()
         filled, now = ~now.over, env.step(actions)
         step = (actions, now.reward, now.terminated, now.won, filled)
         for k, value in zip(keys[3:], step, strict=True):
             log[k].append(value)
-    return {k: np.stack(v) for k, v in log.items()}
+    return {k: None if v[0] is None else np.stack(v) for k, v in log.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,64 +192,107 @@ def advantages(reward, value, terminated, filled, gamma: float, lam: float) -> t
     return out
 
 
+class RunningMoments:
+    """Mean and standard deviation of all rows seen so far, column by column [Chan et al., 1983]."""
+
+    def __init__(self):
+        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+
+    def add(self, x: torch.Tensor) -> None:
+        """x (rows, ...)."""
+        total, delta = self.count + len(x), x.mean(0) - self.mean
+        self.m2 = self.m2 + ((x - x.mean(0)) ** 2).sum(0) + delta**2 * self.count * len(x) / total
+        self.mean, self.count = self.mean + delta * len(x) / total, total
+
+    def std(self, floor: float) -> torch.Tensor:
+        return (self.m2 / self.count).sqrt().clamp(min=floor)
+
+
 def train_behaviour(args: Args) -> dict[str, np.ndarray]:
     """MAPPO from nothing; returns the arrays that `save_behaviour` stores."""
     env = envs.make(args.env_id, args.num_envs)
     spec, torch_rng = env.spec, torch.Generator().manual_seed(args.seed)
     torch.manual_seed(args.seed)
-    actor = actor_net(spec.obs_dim, spec.action_dim, args.hidden)
-    critic = actor_net(spec.state_dim, 1, 2 * args.hidden)
-    nn.init.zeros_(actor[-1].weight)  # start uniform: early advantages are noise
-    both = [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(both, lr=args.lr, fused=True)
-    steps, curve, snapshots, state_stats = 0, [], [], None
+    player = Player(spec, args.hidden)
+    critic = mlp(spec.state_dim, 2 * args.hidden, 1)
+    nn.init.zeros_(player.net[-1].weight)  # start uniform: early advantages are noise
+    both = [*player.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(both, lr=args.lr, fused=True, eps=1e-5)
+    steps, curve, snapshots = 0, [], []
+    of_obs, of_state, of_return = RunningMoments(), RunningMoments(), RunningMoments()
     bar = tqdm(total=args.total_steps, unit="step", unit_scale=True, desc=f"MAPPO {args.env_id}")
     while steps < args.total_steps:
-        raw = play(env, actor, torch_rng, seed=args.seed * 10**6 + len(curve))
-        log = {k: torch.as_tensor(v, dtype=torch.float32) for k, v in raw.items()}
-        if state_stats is None:  # SMAX states mix map units with flags
-            flat = log["state"].flatten(0, 1)
-            state_stats = flat.mean(0), flat.std(0).clamp(min=1e-2)
-        state = (log["state"] - state_stats[0]) / state_stats[1]  # (T+1,E,S)
-        with torch.no_grad():
-            value = critic(state).squeeze(-1)  # (T+1,E)
-        reward = log["reward"] / 10  # returns near 1 keep the critic's gradients tame
-        adv = advantages(
-            reward, value, log["terminated"], log["filled"], args.gamma, args.gae_lambda
-        )
-        on = log["filled"].bool()
-        rows = {
-            "obs": log["obs"][:-1][on], "avail": log["avail"][:-1][on],
-            "actions": log["actions"][on],
-            "state": state[:-1][on], "target": (adv + value[:-1])[on],
-            "adv": (adv[on] - adv[on].mean()) / (adv[on].std() + 1e-8),
-        }  # fmt: skip
-        with torch.no_grad():
-            old = log_policy(actor, rows["obs"], rows["avail"])
-            rows["old"] = (old.clamp(min=-1e9) * rows["actions"]).sum(-1)  # (R,N)
+        rounds, before = [], steps
+        while not rounds or steps - before < args.rows:
+            seed = args.seed * 10**6 + before + len(rounds)
+            rounds.append(play(env, player, torch_rng, seed))
+            steps += int(rounds[-1]["filled"].sum())
+        logs = [{k: None if v is None else torch.as_tensor(v, dtype=torch.float32)
+                 for k, v in r.items()} for r in rounds]  # fmt: skip
+        for log in logs:
+            of_state.add(torch.cat([log["state"][:-1][log["filled"].bool()]]))
+            if not spec.discrete:
+                of_obs.add(log["obs"][:-1][log["filled"].bool()])
+                of_return.add(discounted(log["reward"], args.gamma)[log["filled"].bool()])
+        if not spec.discrete and not curve:  # later the observations' scale stays as it is
+            player.obs_mean.copy_(of_obs.mean)
+            player.obs_std.copy_(of_obs.std(1e-2))
+        scale = 10.0 if spec.discrete else of_return.std(1e-3)  # values near 1 keep the critic tame
+        parts = [iteration_rows(args, player, critic, log, of_state, scale) for log in logs]
+        rows = {k: None if parts[0][k] is None else torch.cat([p[k] for p in parts])
+                for k in parts[0]}  # fmt: skip
+        rows["adv"] = (rows["adv"] - rows["adv"].mean()) / (rows["adv"].std() + 1e-8)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - steps / args.total_steps)
-        ppo_epochs(args, actor, critic, optimizer, both, rows, torch_rng)
-        steps += int(on.sum())
-        curve.append((steps, raw["reward"].sum(0).mean(), raw["won"].any(0).mean()))
-        snapshots.append([p.detach().half().numpy() for p in actor.parameters()])
-        bar.update(int(on.sum()))
-        bar.set_postfix({"return": f"{curve[-1][1]:.1f}", "won": f"{curve[-1][2]:.0%}"})
+            group["lr"] = args.lr * max(0.0, 1 - before / args.total_steps)
+        ppo_epochs(args, player, critic, optimizer, both, rows, torch_rng)
+        returns = np.concatenate([r["reward"].sum(0) for r in rounds])
+        won = np.concatenate([r["won"].any(0) for r in rounds])
+        curve.append((steps, returns.mean(), won.mean()))
+        snapshots.append({k: v.half().numpy() for k, v in player.state_dict().items()})
+        bar.update(steps - before)
+        bar.set_postfix({"return": f"{returns.mean():.1f}", "won": f"{won.mean():.0%}"})
     bar.close()
-    return select_snapshots(np.array(curve), snapshots)
+    return select_snapshots(np.array(curve), snapshots, PUBLIC_MEDIUM.get(args.env_id))
 
 
-def ppo_epochs(args, actor, critic, optimizer, parameters, rows, generator) -> None:
+def discounted(reward: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Discounted sum of the rewards up to each step (T,E), whose spread is the critic's scale."""
+    out, carry = torch.zeros_like(reward), torch.zeros_like(reward[0])
+    for t in range(len(reward)):
+        carry = out[t] = gamma * carry + reward[t]
+    return out
+
+
+@torch.no_grad()
+def iteration_rows(args, player, critic, log, of_state, scale) -> dict[str, torch.Tensor | None]:
+    """The running steps of one round as rows, with advantages and the critic's targets."""
+    on = log["filled"].bool()
+    state = (log["state"] - of_state.mean) / of_state.std(1e-2)  # map units beside flags
+    value = critic(state).squeeze(-1)  # (T+1,E)
+    adv = advantages(log["reward"] / scale, value, log["terminated"], log["filled"],
+                     args.gamma, args.gae_lambda)  # fmt: skip
+    rows = {
+        "obs": log["obs"][:-1][on],
+        "avail": None if log["avail"] is None else log["avail"][:-1][on],
+        "actions": log["actions"][on],
+        "state": state[:-1][on],
+        "target": (adv + value[:-1])[on],
+        "adv": adv[on],
+    }
+    rows["old"] = log_prob_and_entropy(player, rows["obs"], rows["avail"], rows["actions"])[0]
+    return rows
+
+
+def ppo_epochs(args, player, critic, optimizer, parameters, rows, generator) -> None:
     """Several passes of PPO's clipped objective over one iteration's rows."""
     for _ in range(args.epochs):
         order = torch.randperm(len(rows["adv"]), generator=generator)
         for part in order.chunk(args.minibatches):
-            b = {k: v[part] for k, v in rows.items()}
-            log_pi = log_policy(actor, b["obs"], b["avail"]).clamp(min=-1e9)  # (R,N,A)
-            ratio = ((log_pi * b["actions"]).sum(-1) - b["old"]).exp()  # (R,N)
+            b = {k: None if v is None else v[part] for k, v in rows.items()}
+            log_pi, entropy = log_prob_and_entropy(player, b["obs"], b["avail"], b["actions"])
+            ratio = (log_pi - b["old"]).exp()  # (R,N)
             adv = b["adv"].unsqueeze(-1)
             gain = torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv)
-            entropy = -(log_pi.exp() * log_pi).sum(-1)
             error = critic(b["state"]).squeeze(-1) - b["target"]
             loss = 0.5 * error.square().mean() - gain.mean() - args.entropy * entropy.mean()
             optimizer.zero_grad()
@@ -208,21 +301,22 @@ def ppo_epochs(args, actor, critic, optimizer, parameters, rows, generator) -> N
             optimizer.step()
 
 
-def select_snapshots(curve: np.ndarray, snapshots: list, replay: int = 5) -> dict:
+def select_snapshots(
+    curve: np.ndarray, snapshots: list, medium_return: float | None = None, replay: int = 5
+) -> dict:
     """Keep `replay` snapshots spread up to medium, medium last, then the final one.
 
     Args:
         curve: (iterations,3) of environment steps, mean return, win rate of that iteration.
-        snapshots: per iteration, the actor's parameters.
+        snapshots: per iteration, the player's state_dict.
+        medium_return: what medium should reach; None: half of what the final policy wins.
     """
     goal = curve[:, 2] if curve[-1, 2] > 0 else curve[:, 1]
     smooth = np.array([goal[max(0, i - 4) : i + 5].mean() for i in range(len(goal))])
-    medium = int(np.abs(smooth - smooth[-1] / 2).argmin())
+    aim = smooth[-1] / 2 if medium_return is None else medium_return
+    medium = int(np.abs(smooth - aim).argmin())
     kept = [round(medium * (k + 1) / replay) for k in range(replay)] + [len(curve) - 1]
-    weights = {
-        f"parameter_{j}": np.stack([snapshots[i][j] for i in kept])
-        for j in range(len(snapshots[0]))
-    }
+    weights = {k: np.stack([snapshots[i][k] for i in kept]) for k in snapshots[0]}
     return {**weights, "snapshot_steps": curve[kept, 0], "curve": curve.astype(np.float32)}
 
 
@@ -231,7 +325,7 @@ def select_snapshots(curve: np.ndarray, snapshots: list, replay: int = 5) -> dic
 # --------------------------------------------------------------------------------------------------
 
 
-def load_behaviour(env_id: str, spec: envs.Spec) -> list[nn.Module]:
+def load_behaviour(env_id: str, spec: envs.Spec) -> list[Player]:
     """The shipped snapshots as actors, medium the last but one, expert the last.
 
     Raises:
@@ -245,17 +339,15 @@ def load_behaviour(env_id: str, spec: envs.Spec) -> list[nn.Module]:
             f"`python collect.py --env-id {env_id}`, or give recorded data with --dataset."
         )
     with np.load(path, allow_pickle=False) as stored:
-        stacks = [stored[k] for k in sorted(k for k in stored if k.startswith("parameter_"))]
-    actors = []
-    for k in range(len(stacks[0])):
-        actor = actor_net(spec.obs_dim, spec.action_dim, hidden=len(stacks[1][k]))
-        for p, stack in zip(actor.parameters(), stacks, strict=True):
-            p.data.copy_(torch.from_numpy(stack[k].astype(np.float32)))
-        actors.append(actor)
+        stacks = {k: stored[k] for k in stored if k not in ("snapshot_steps", "curve")}
+    hidden = stacks["net.0.weight"].shape[1]
+    actors = [Player(spec, hidden) for _ in stacks["net.0.weight"]]
+    for k, actor in enumerate(actors):
+        actor.load_state_dict({name: torch.tensor(x[k]).float() for name, x in stacks.items()})
     return actors
 
 
-def players(actors: list[nn.Module], quality: Quality) -> list[nn.Module]:
+def players(actors: list[Player], quality: Quality) -> list[Player]:
     """Who plays which part of a dataset of this quality, in equal parts."""
     *replay, medium, expert = actors
     parts = {

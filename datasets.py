@@ -73,18 +73,20 @@ def join_rounds(rounds: list[dict[str, np.ndarray]], limit: int) -> dict[str, np
             out[~rows] = 0
             return out
 
-        parts.append(
-            {
-                "state": padded(log["state"]),
-                "obs": padded(log["obs"]),
-                "actions": padded(log["actions"].argmax(-1)[..., None].astype(np.int64)),
-                "avail_actions": padded(log["avail"].astype(np.int32)),
-                "reward": padded(log["reward"][..., None]),
-                "terminated": padded(log["terminated"][..., None].astype(np.uint8)),
-                "filled": rows[..., None].astype(np.int64),
-                "won": log["won"].any(0).astype(np.uint8),
-            }
-        )
+        part = {
+            "state": padded(log["state"]),
+            "obs": padded(log["obs"]),
+            "reward": padded(log["reward"][..., None]),
+            "terminated": padded(log["terminated"][..., None].astype(np.uint8)),
+            "filled": rows[..., None].astype(np.int64),
+        }
+        if log["avail"] is None:  # what the motors did, not what the policy's Gaussian asked for
+            part["actions"] = padded(log["actions"].clip(-1, 1))
+        else:
+            part["actions"] = padded(log["actions"].argmax(-1)[..., None].astype(np.int64))
+            part["avail_actions"] = padded(log["avail"].astype(np.int32))
+            part["won"] = log["won"].any(0).astype(np.uint8)
+        parts.append(part)
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 
@@ -96,8 +98,9 @@ def save_episodes(path: Path, arrays: dict[str, np.ndarray], about: dict) -> Non
         "transitions": int(arrays["filled"].sum()) - len(returns),
         "return_mean": float(returns.mean()),
         "return_std": float(returns.std()),
-        "win_rate": float(arrays["won"].mean()),
     }
+    if "won" in arrays:
+        about["win_rate"] = float(arrays["won"].mean())
     digest = hashlib.sha256()
     for key in sorted(arrays):
         digest.update(key.encode() + np.ascontiguousarray(arrays[key]).tobytes())

@@ -14,14 +14,23 @@ Sizes: E parallel episodes, N agents, O observation, S state, A actions.
        obs (E,N,O)  state (E,S)  avail (E,N,A)  actions (E,N,A) one-hot  reward (E,)
 """
 
+import contextlib
 import functools
+import io
 import os
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+PAPER_SMAC = ("3s_vs_5z", "2s3z", "5m_vs_6m", "6h_vs_8z", "3s5z_vs_3s6z")
+PAPER_MUJOCO = ("Hopper-3x1", "Ant-2x4", "HalfCheetah-6x1")
+MUJOCO_ROBOTS = (
+    *("Hopper", "Ant", "HalfCheetah", "Walker2d", "Humanoid", "HumanoidStandup"),
+    *("Reacher", "Swimmer", "Pusher"),
+)
 SMAX_REWARD_SCALE = 10.0  # SMAX pays at most 2 (damage 1, victory 1), SMAC at most 20: the field's
 
 
@@ -63,10 +72,12 @@ def make(env_id: str, num_envs: int = 1, backend: str = "auto", seed: int = 0) -
         ValueError: unknown task or backend, or no slots.
         ImportError: the backend's simulator is not installed.
     """
-    if backend not in ("auto", "smax"):
-        raise ValueError(f"Unknown backend {backend!r}: choose one of auto, smax.")
     if num_envs < 1:
         raise ValueError(f"num_envs is {num_envs}: at least one episode must run.")
+    if env_id.partition("-")[0] in MUJOCO_ROBOTS:
+        return MamujocoEnv(env_id, num_envs, seed)
+    if backend not in ("auto", "smax"):
+        raise ValueError(f"Unknown backend {backend!r}: choose one of auto, smax.")
     if env_id not in known_ids():
         raise ValueError(f"Unknown env_id {env_id!r}: SMAX has {', '.join(known_ids())}.")
     return SmaxEnv(env_id, num_envs, seed)
@@ -204,6 +215,150 @@ class SmaxEnv:
         self._env.init_render(figure.add_subplot(), (key, state.state, last), 0, now)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+# --------------------------------------------------------------------------------------------------
+# Multi-Agent MuJoCo
+# --------------------------------------------------------------------------------------------------
+
+
+class Partition(NamedTuple):
+    """Which parts of a robot's state and which of its motors belong to which agent.
+
+    Ragged agents are padded: an index past the end reads a zero, and writes nowhere.
+    """
+
+    obs_index: np.ndarray  # (N,O) columns of the state that each agent sees
+    action_index: np.ndarray  # (N,A) motors that each agent drives
+    motors: int  # of the whole robot
+
+    def observe(self, state: np.ndarray) -> np.ndarray:
+        """(...,S) -> (...,N,O): what each agent sees of this state."""
+        padding = np.zeros((*state.shape[:-1], 1), state.dtype)
+        return np.concatenate([state, padding], -1)[..., self.obs_index]
+
+    def split(self, joint: np.ndarray) -> np.ndarray:
+        """(...,motors) -> (...,N,A): the robot's action, agent by agent."""
+        padding = np.zeros((*joint.shape[:-1], 1), joint.dtype)
+        return np.concatenate([joint, padding], -1)[..., self.action_index]
+
+    def join(self, actions: np.ndarray) -> np.ndarray:
+        """(...,N,A) -> (...,motors): the inverse of `split`."""
+        joint = np.zeros((*actions.shape[:-2], self.motors + 1), actions.dtype)
+        joint[..., self.action_index] = actions
+        return joint[..., : self.motors]
+
+
+@functools.cache
+def _import_mujoco() -> tuple:
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            import gymnasium
+            from gymnasium_robotics import mamujoco_v1  # warns of hands that nobody asked for
+    except ImportError as e:
+        raise ImportError(
+            "Multi-Agent MuJoCo needs pip install gymnasium-robotics 'mujoco>=3.3,<3.5' (README)"
+        ) from e
+    return gymnasium, mamujoco_v1
+
+
+@functools.cache
+def partition(env_id: str) -> Partition:
+    """The partition of a task such as HalfCheetah-6x1, as gymnasium-robotics defines it.
+
+    Agents see their own joints, the positions of the next joint, and the torso: no agent sees all.
+
+    Raises:
+        ValueError: no such robot, or the robot is not divided like this.
+    """
+    gymnasium, mamujoco = _import_mujoco()
+    robot, _, division = env_id.partition("-")
+    if robot not in MUJOCO_ROBOTS:
+        raise ValueError(f"Unknown env_id {env_id!r}: robots are {', '.join(MUJOCO_ROBOTS)}.")
+    try:
+        env = mamujoco.parallel_env(robot, division)
+    except Exception as e:  # gymnasium-robotics raises a bare Exception
+        if "UNKNOWN partitioning" not in str(e):
+            raise
+        raise ValueError(
+            f"Unknown env_id {env_id!r}: gymnasium-robotics does not divide {robot} by "
+            f"{division!r}; the paper has {', '.join(PAPER_MUJOCO)}."
+        ) from e
+    single = env.single_agent_env
+    size, motors = single.observation_space.shape[0], single.action_space.shape[0]
+
+    def padded(rows: list, value: int) -> np.ndarray:
+        longest = max(map(len, rows))
+        return np.array([[*row, *[value] * (longest - len(row))] for row in rows])
+
+    sees = [list(env.observation_factorization[a]) for a in env.possible_agents]
+    drives = [[joint.act_ids for joint in part] for part in env.agent_action_partitions]
+    env.close()
+    return Partition(padded(sees, size), padded(drives, motors), motors)
+
+
+class MamujocoEnv:
+    """E parallel robots, each driven by N agents: Gymnasium's v5 tasks, divided by `partition`.
+
+    The state is the robot's own observation (clipped as Gymnasium clips it), the agents see columns
+    of it. Actions are in [-1,1] per motor; what lies beyond is cut off. An episode ends when the
+    robot falls (terminated; HalfCheetah never does) or after 1000 steps (truncated, not an end).
+    """
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, render: bool = False):
+        gymnasium, _ = _import_mujoco()
+        self.partition, self._seed, self.num_envs = partition(env_id), seed, num_envs
+        robot = env_id.partition("-")[0]
+        mode = "rgb_array" if render else None
+        self._envs = [gymnasium.make(f"{robot}-v5", render_mode=mode) for _ in range(num_envs)]
+        self._strength = self._envs[0].action_space.high  # (motors,)
+        (n, o), a = self.partition.obs_index.shape, self.partition.action_index.shape[1]
+        self.spec = Spec(
+            env_id=env_id,
+            backend="mamujoco",
+            num_agents=n,
+            obs_dim=o,
+            state_dim=self._envs[0].observation_space.shape[0],
+            action_dim=a,
+            discrete=False,
+            episode_limit=self._envs[0].spec.max_episode_steps,
+        )
+
+    def reset(self, seed: int | None = None) -> Step:
+        """Start a fresh episode in every slot; without a seed, the next one in this env's order."""
+        if seed is not None:
+            self._seed = seed
+        start = [np.random.SeedSequence((self._seed, k)) for k in range(self.num_envs)]
+        self._seed += 1
+        shown = [
+            e.reset(seed=int(s.generate_state(1)[0]))[0]
+            for e, s in zip(self._envs, start, strict=True)
+        ]
+        self._state = np.array(shown, np.float32)  # (E,S)
+        self._over = np.zeros(self.num_envs, bool)
+        nothing = np.zeros(self.num_envs, bool)
+        return self._show(np.zeros(self.num_envs, np.float32), nothing, nothing)
+
+    def step(self, actions: np.ndarray) -> Step:
+        """Advance every unfinished episode by one step; actions (E,N,A) in [-1,1]."""
+        joint = self.partition.join(np.asarray(actions, np.float64)).clip(-1, 1) * self._strength
+        reward = np.zeros(self.num_envs, np.float32)
+        ended = np.zeros((2, self.num_envs), bool)
+        for k in np.flatnonzero(~self._over):
+            self._state[k], reward[k], *ended[:, k], _ = self._envs[k].step(joint[k])
+        terminated, truncated = ended[0], ended[1] & ~ended[0]
+        self._over = self._over | terminated | truncated
+        return self._show(reward, terminated, truncated)
+
+    def _show(self, reward, terminated, truncated) -> Step:
+        state = self._state.copy()
+        won = np.zeros(self.num_envs, bool)
+        obs = self.partition.observe(state)
+        return Step(obs, state, None, reward, terminated, truncated, won, self._over)
+
+    def render(self) -> np.ndarray:
+        """Picture of slot 0 by Gymnasium's renderer: (height,width,3) uint8."""
+        return self._envs[0].render()
 
 
 # --------------------------------------------------------------------------------------------------
