@@ -117,14 +117,15 @@ class SyntheticBuffer:
     """
 
     def __init__(
-        self, retain, horizon, rollouts, num_agents, obs_dim, state_dim, action_dim, device
-    ):
+        self, retain, horizon, rollouts, num_agents, obs_dim, state_dim, action_dim, device,
+        discrete=True,
+    ):  # fmt: skip
         size = (retain, horizon + 1, rollouts)  # flat row (c, h, m), its successor M rows later
         self.retain, self.horizon, self.rollouts, self.collections = retain, horizon, rollouts, 0
         self.obs = torch.zeros(*size, num_agents, obs_dim, device=device)
         self.state = torch.zeros(*size, state_dim, device=device)
-        self.avail = torch.zeros(*size, num_agents, action_dim, device=device)
         self.actions = torch.zeros(*size, num_agents, action_dim, device=device)
+        self.avail = torch.zeros_like(self.actions) if discrete else None
         self.reward = torch.zeros(*size, device=device)
         self.terminated = torch.zeros(*size, device=device)
         self.p_u = torch.full(
@@ -169,7 +170,7 @@ class SyntheticBuffer:
         collection = pick // (self.horizon * self.rollouts)
         row = pick + collection * self.rollouts  # each collection has M rows more than transitions
         columns = (self.obs, self.state, self.actions, self.avail, self.reward, self.terminated)
-        flat = [x.flatten(0, 2) for x in columns]
+        flat = [None if x is None else x.flatten(0, 2) for x in columns]
         return rows_to_batch(*flat, row, row + self.rollouts)
 
 

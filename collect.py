@@ -2,6 +2,7 @@
 
   python collect.py --env-id 3s_vs_5z                    retrain the behaviour policy from nothing
   python collect.py --env-id 3s_vs_5z --record medium    record a dataset with the shipped policy
+  python collect.py --list                               all 8 x 4 datasets and their statistics
 
 Offline data need somebody who played. Here that is MAPPO [Yu et al., 2022]: one actor shared by all
 agents, one critic on the global state, PPO's clipped objective. Snapshots are kept on the way, and
@@ -19,6 +20,7 @@ datasets are not: they are recorded at first use, reproducibly from a seed, and 
 Sizes: T steps, E parallel episodes, N agents, O observation, S state, A actions, K snapshots.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import io
@@ -26,7 +28,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -42,6 +44,13 @@ BEHAVIOUR = Path(__file__).parent / "behaviour"
 CACHE = Path(__file__).parent / "data"
 # Returns of the public medium datasets [OMIGA], which our medium policies are chosen to match
 PUBLIC_MEDIUM = {"Hopper-3x1": 724.0, "Ant-2x4": 1419.0, "HalfCheetah-6x1": 1426.0}
+ROBOT = {"episodes": 200, "num_envs": 8, "rows": 8_000, "total_steps": 3_000_000, "hidden": 64,
+         "lr": 5e-4, "clip": 0.2, "entropy": 0.0, "epochs": 10, "minibatches": 16}  # fmt: skip
+# Where the flags' defaults are not what the shipped policy was trained with
+RECIPES = {
+    "2s3z": {"total_steps": 2_000_000},
+    **dict.fromkeys(envs.PAPER_MUJOCO, ROBOT),
+}
 
 
 @dataclasses.dataclass
@@ -52,8 +61,10 @@ class Args:
     """map to play"""
     record: Quality | None = None
     """record this dataset with the shipped policy instead of training one"""
+    list: bool = False
+    """print the statistics of the paper's 32 datasets; those not cached yet are recorded first"""
     episodes: int = 600
-    """episodes to record"""
+    """episodes to record (of robots 200)"""
     out: Path | None = None
     """where to write [default: behaviour/ENV_ID.npz, or the cache data/ for a recording]"""
     seed: int = 0
@@ -78,6 +89,10 @@ class Args:
     """passes over each iteration's data"""
     minibatches: int = 4
     """optimiser steps per pass"""
+    weakened: float = 0.0
+    """share of the enemies that start with half their health at first; it falls by 0.01 after
+    every iteration that wins half its battles, and only policies of the whole game (0) are kept as
+    medium and expert: maps on which nobody wins by chance are learnt like this"""
     rows: int = 1
     """environment steps between two PPO updates, at least; whole rounds of episodes are played"""
 
@@ -218,11 +233,13 @@ def train_behaviour(args: Args) -> dict[str, np.ndarray]:
     nn.init.zeros_(player.net[-1].weight)  # start uniform: early advantages are noise
     both = [*player.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(both, lr=args.lr, fused=True, eps=1e-5)
-    steps, curve, snapshots = 0, [], []
+    steps, curve, snapshots, weakened = 0, [], [], args.weakened
     of_obs, of_state, of_return = RunningMoments(), RunningMoments(), RunningMoments()
     bar = tqdm(total=args.total_steps, unit="step", unit_scale=True, desc=f"MAPPO {args.env_id}")
     while steps < args.total_steps:
         rounds, before = [], steps
+        if spec.discrete:
+            env.weakened = weakened
         while not rounds or steps - before < args.rows:
             seed = args.seed * 10**6 + before + len(rounds)
             rounds.append(play(env, player, torch_rng, seed))
@@ -247,10 +264,13 @@ def train_behaviour(args: Args) -> dict[str, np.ndarray]:
         ppo_epochs(args, player, critic, optimizer, both, rows, torch_rng)
         returns = np.concatenate([r["reward"].sum(0) for r in rounds])
         won = np.concatenate([r["won"].any(0) for r in rounds])
-        curve.append((steps, returns.mean(), won.mean()))
+        curve.append((steps, returns.mean(), won.mean(), weakened))
         snapshots.append({k: v.half().numpy() for k, v in player.state_dict().items()})
         bar.update(steps - before)
-        bar.set_postfix({"return": f"{returns.mean():.1f}", "won": f"{won.mean():.0%}"})
+        told = {"return": f"{returns.mean():.1f}", "won": f"{won.mean():.0%}"}
+        bar.set_postfix(told | ({"weakened": f"{weakened:.2f}"} if weakened else {}))
+        if won.mean() > 0.5:
+            weakened = max(0.0, round(weakened - 0.01, 6))
     bar.close()
     return select_snapshots(np.array(curve), snapshots, PUBLIC_MEDIUM.get(args.env_id))
 
@@ -307,14 +327,15 @@ def select_snapshots(
     """Keep `replay` snapshots spread up to medium, medium last, then the final one.
 
     Args:
-        curve: (iterations,3) of environment steps, mean return, win rate of that iteration.
+        curve: (iterations,4) of environment steps, mean return, win rate and weakened enemies.
         snapshots: per iteration, the player's state_dict.
         medium_return: what medium should reach; None: half of what the final policy wins.
     """
     goal = curve[:, 2] if curve[-1, 2] > 0 else curve[:, 1]
     smooth = np.array([goal[max(0, i - 4) : i + 5].mean() for i in range(len(goal))])
     aim = smooth[-1] / 2 if medium_return is None else medium_return
-    medium = int(np.abs(smooth - aim).argmin())
+    aside = np.abs(smooth - aim) + 1e9 * (curve[:, 3] > 0)  # of another game
+    medium = int(aside.argmin())
     kept = [round(medium * (k + 1) / replay) for k in range(replay)] + [len(curve) - 1]
     weights = {k: np.stack([snapshots[i][k] for i in kept]) for k in snapshots[0]}
     return {**weights, "snapshot_steps": curve[kept, 0], "curve": curve.astype(np.float32)}
@@ -396,6 +417,23 @@ def load_or_record(env_id: str, quality: Quality, episodes: int, seed: int) -> P
     return path
 
 
+def list_cells(seed: int) -> str:
+    """A markdown table of the paper's datasets, each with its default number of episodes."""
+    lines = ["| task | quality | episodes | transitions | return (mean ± std over episodes) | won "
+             "| content hash |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for env_id in envs.PAPER_SMAC + envs.PAPER_MUJOCO:
+        for quality in get_args(Quality):
+            path = load_or_record(env_id, quality, defaults(env_id).episodes, seed)
+            about = datasets.attributes(path)
+            won = f"{about['win_rate']:.0%}" if "win_rate" in about else ""
+            lines.append(
+                f"| {env_id} | {quality} | {about['episodes']} | {about['transitions']:,} | "
+                f"{about['return_mean']:.2f} ± {about['return_std']:.2f} | {won} "
+                f"| `{about['content_sha256'][:12]}` |"
+            )
+    return "\n".join(lines)
+
+
 def save_behaviour(path: Path, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -404,6 +442,9 @@ def save_behaviour(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def main(args: Args) -> None:
     started = time.time()
+    if args.list:
+        print(list_cells(args.seed))
+        return
     if args.record:
         path = args.out or cached(args.env_id, args.record, args.episodes, args.seed)
         record(args.env_id, args.record, args.episodes, args.seed, path)
@@ -417,8 +458,20 @@ def main(args: Args) -> None:
     print(f"wrote {path} in {time.time() - started:.0f} s")
 
 
+def defaults(env_id: str) -> Args:
+    """The flags' defaults for a task: what its shipped policy was trained with."""
+    return Args(env_id, **RECIPES.get(env_id, ROBOT if envs.is_robot(env_id) else {}))
+
+
+def task_of(argv: list[str] | None, otherwise: str) -> str:
+    """The --env-id of a command line, on which the other flags' defaults depend."""
+    task = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    task.add_argument("--env-id", "--env_id", default=otherwise)
+    return task.parse_known_args(argv)[0].env_id
+
+
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__, default=defaults(task_of(None, Args.env_id))))
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"collect.py: {e}")

@@ -248,11 +248,13 @@ def critic_loss(
             next_actions = actor(batch.next_obs, batch.next_avail)
         v_next = target(batch.next_obs, batch.next_state, next_actions).amin(0)  # Deviation D7
         y = batch.reward + gamma * (1 - batch.terminated) * v_next  # Eq. (11)
-    q_data, q_any = data_and_any(critic, batch, actor, generator)  # (K,B)
     if conservative == "expectation":  # Eq. (10) as printed; Deviation D5 is the log-sum-exp
         with torch.no_grad():
             pi = actor(batch.obs, batch.avail)
+        q_data = critic(batch.obs, batch.state, batch.actions)  # (K,B)
         q_any = critic(batch.obs, batch.state, pi)
+    else:
+        q_data, q_any = data_and_any(critic, batch, actor, generator)
     assert q_data.shape == q_any.shape == (critic.critics, size) and y.shape == (size,)
     pushed_down = q_any * (real if conservative_on == "real" else 1.0)
     td = (q_data - y).square() * (real if bellman_on == "real" else 1.0)  # Deviation D8

@@ -1,11 +1,6 @@
-"""What a run ends with: measures of the world model, the closing table, run.png and final.json.
+"""What a run ends with: the closing table, run.png and final.json.
 
-  python report.py RUN_DIR_OR_JSON ...      a markdown table of many runs, averaged over seeds
-
-Errors are mean squared errors in standardised units (1 = predicting the mean of the data) on
-held-out episodes, which no update has seen; only `rollout_sanity` starts from training rows.
-
-Sizes: B rows, N agents, O observation, S state, H horizon.
+python report.py RUN_DIR_OR_JSON ...      a markdown table of many runs, averaged over seeds
 """
 
 import io
@@ -21,141 +16,30 @@ import numpy as np
 import torch
 
 import datasets
-from buffer import OfflineDataset
-from logo_wm import LogoWM
-from macql import Actor
+from measures import (
+    doubt_and_error,
+    offline_measures,
+    one_step_errors,
+    rollout_errors,
+    rollout_sanity,
+)
 from run import Run, evaluate, plain
 
 FILES = ("metrics.csv", "events.out.tfevents.*", "checkpoint.pt", "run.png", "final.json")
 
 
-def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Spearman's, of two vectors without many ties."""
-    ranks = torch.stack([x, y]).argsort(-1).argsort(-1).double()
-    return torch.corrcoef(ranks)[0, 1].item()
-
-
-@torch.no_grad()
-def doubt_and_error(model: LogoWM, data: OfflineDataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """u (B,) and the length (B,) of the error of s', on every held-out row; standardised."""
-    b = data.gather(data.held_out)
-    out = model.step(b.obs, b.state, b.actions, clamp=False)
-    miss = model.standardise("state", out["next_state"])
-    return out["u"], (miss - model.standardise("state", b.next_state)).norm(dim=-1)
-
-
-@torch.no_grad()
-def one_step_errors(model: LogoWM, data: OfflineDataset) -> dict[str, float]:
-    """How well the model predicts one step of the held-out episodes, by each of its paths.
-
-    `deducibility_r2` is the share of the state's variance that R_d recovers from the *true* next
-    observations (which it was not trained on). `u_error_spearman` is the rank
-    correlation of the doubt u with the error of s'.
-    """
-    b = data.gather(data.held_out)
-    out = model.step(b.obs, b.state, b.actions, clamp=False)
-
-    def error(name: str, guess: torch.Tensor, truth: torch.Tensor) -> float:
-        difference = model.standardise(name, guess) - model.standardise(name, truth)
-        return difference.square().mean().item()
-
-    s_next = model.standardise("state", b.next_state)  # (B,S)
-    s = model.standardise("state", b.state)
-    ideal = model.deduce(model.standardise("obs", b.next_obs), s, b.actions)[:, :-1]
-    unexplained = (ideal - s_next).square().sum() / (s_next - s_next.mean(0)).square().sum()
-    return {
-        "obs_mse": error("obs", out["next_obs"], b.next_obs),
-        "state_mse": error("state", out["next_state"], b.next_state),
-        "reward_mse": error("reward", out["reward"], b.reward),
-        "direct_state_mse": error("state", out["direct_state"], b.next_state),
-        "direct_reward_mse": error("reward", out["direct_reward"], b.reward),
-        "persistence_obs_mse": error("obs", b.obs, b.next_obs),
-        "persistence_state_mse": error("state", b.state, b.next_state),
-        "deducibility_r2": 1 - unexplained.item(),
-        "u_error_spearman": rank_correlation(*doubt_and_error(model, data)),
-    }
-
-
-def windows(data: OfflineDataset, rows: torch.Tensor, horizon: int) -> torch.Tensor:
-    """Those of `rows` (sorted) that are followed by `horizon` - 1 more of their episode."""
-    tail = rows[horizon - 1 :]
-    return rows[: len(tail)][tail - rows[: len(tail)] == horizon - 1]
-
-
-@torch.no_grad()
-def rollout_errors(
-    model: LogoWM, data: OfflineDataset, horizon: int, clamp: bool = True
-) -> dict[str, list[float]]:
-    """Errors after 1..H imagined steps along the actions recorded in held-out episodes."""
-    start = windows(data, data.held_out, horizon)
-    if len(start) == 0:
-        return {"state": [], "persistence": [], "reward": []}
-    steps = iter(range(horizon))
-    out = model.imagine(
-        lambda obs, avail: data.actions[start + next(steps)],
-        data.obs[start], data.state[start], None, horizon,
-        torch.Generator(start.device).manual_seed(0), heads=False, clamp=clamp,
-    )  # fmt: skip
-    errors = {"state": [], "persistence": [], "reward": []}
-    for h in range(horizon):
-        truth = model.standardise("state", data.state[start + h + 1])
-        guess = model.standardise("state", out["state"][h + 1])
-        still = model.standardise("state", data.state[start])
-        reward = (out["reward"][h] - data.reward[start + h]) / model.reward_std
-        errors["state"].append((guess - truth).square().mean().item())
-        errors["persistence"].append((still - truth).square().mean().item())
-        errors["reward"].append(reward.square().mean().item())
-    return errors
-
-
-@torch.no_grad()
-def rollout_sanity(
-    model: LogoWM, clone: Actor, data: OfflineDataset, horizon: int, heads: bool, clamp: bool,
-    count: int = 2000,
-) -> dict:  # fmt: skip
-    """Does the cloned behaviour policy, acting in the model, live in the world of the data?
-
-    From the same real rows, H steps are imagined and, beside them, read from the recording; each
-    rollout counts up to its end.
-    """
-    rng = torch.Generator(data.train.device).manual_seed(0)
-    pick = torch.randint(len(data.train), (count,), generator=rng, device=data.train.device)
-    rows = data.train[pick]
-    start = data.gather(rows)
-    out = model.imagine(
-        lambda obs, avail: clone.explore(obs, avail, rng, epsilon=0.0),
-        start.obs, start.state, start.avail, horizon, rng, heads, clamp,
-    )  # fmt: skip
-    on = out["filled"].bool()  # (H,B)
-    inside = (out["state"] >= model.state_min) & (out["state"] <= model.state_max)
-    is_step = torch.zeros(len(data.obs), dtype=torch.bool, device=rows.device)
-    is_step[data.train] = True
-    real, running = [], torch.ones_like(rows, dtype=torch.bool)
-    for h in range(horizon):
-        row = (rows + h).clamp(max=len(is_step) - 1)
-        running = running & is_step[row]
-        real.append(data.reward[row[running]])
-    forbidden = 0.0
-    if out["avail"] is not None:
-        taken = (out["actions"] * out["avail"][:-1]).sum(-1)  # (H,B,N) 1 = it was allowed
-        forbidden = (taken[on] == 0).float().mean().item()
-    return {
-        "imagined_reward_per_step": out["reward"][on].mean().item(),
-        "real_reward_per_step": torch.cat(real).mean().item(),
-        "finite": all(v.isfinite().all().item() for v in out.values() if v is not None),
-        "states_in_range": inside.float().mean().item(),
-        "forbidden_actions": forbidden,
-    }
-
-
-def pooled(evaluations: list[dict]) -> dict:
+def pooled(evaluations: list[dict]) -> dict | None:
     """Several evaluations as one: mean of the means, 95 % interval over all their episodes."""
+    if not evaluations:
+        return None
     episodes = sum(e["episodes"] for e in evaluations)
     variance = np.mean([e["return_ci95"] ** 2 * e["episodes"] for e in evaluations])
     return {
         "return_mean": float(np.mean([e["return_mean"] for e in evaluations])),
         "return_ci95": float(np.sqrt(variance / episodes)),
-        "win_rate": float(np.mean([e["win_rate"] for e in evaluations])),
+        "win_rate": None
+        if evaluations[0]["win_rate"] is None
+        else float(np.mean([e["win_rate"] for e in evaluations])),
         "episodes": episodes,
     }
 
@@ -164,7 +48,9 @@ def finish(run: Run, method: str, commit: str) -> dict:
     """Measure, write final.json and run.png, print the closing table; returns the JSON."""
     last = run.evaluations[-run.args.final_evals :]
     score, data, facts = pooled(last), run.data, run.facts
-    clone = evaluate(run, run.clone, 10**6 * (run.args.seed + 1) - 10**5, score["episodes"])
+    clone = None
+    if score:
+        clone = evaluate(run, run.clone, 10**6 * (run.args.seed + 1) - 10**5, score["episodes"])
     world_model = rollout = None
     if run.args.synthetic_fraction > 0:
         world_model = one_step_errors(run.world_model, data)
@@ -179,16 +65,17 @@ def finish(run: Run, method: str, commit: str) -> dict:
         "args": plain(run.args),
         "method": method,
         "commit": commit,
-        "versions": {k: version(k) for k in ("torch", "numpy", "jaxmarl", "jax")}
+        "versions": {k: version(k) for k in ("torch", "numpy", "jaxmarl", "jax", "mujoco")}
         | {"python": platform.python_version()},
         "device": device,
-        "backend": run.env.spec.backend,
+        "backend": run.spec.backend,
         "env_id": run.args.env_id,
         "dataset": facts,
         "world_model": world_model,
         "rollout": rollout,
         "eval": score,
         "clone": clone,
+        "offline": offline_measures(run),
         "evaluations": run.evaluations,
         "time": {
             "total_s": time.time() - run.started,
@@ -209,14 +96,23 @@ def table(final: dict, folder) -> str:
     """The closing table, for people."""
     data, clone, score = final["dataset"], final["clone"], final["eval"]
     name = {"bc": "cloning, twice as long"}.get(final["method"], final["method"].upper())
+
+    def row(who: str, mean: float, ci95: float, won: float | None) -> str:
+        return f"{who:24}{mean:8.2f}{ci95:9.2f}" + ("" if won is None else f"{won:7.0%}")
+
+    spread = 1.96 * data["return_std"] / data["episodes"] ** 0.5
+    won = "    won" if data.get("win_rate") is not None else ""
     lines = [
-        f"\n{'':24}{'return':>8}{'95 % +-':>9}{'won':>7}",
-        f"{'data (' + str(data.get('quality', 'given file')) + ')':24}{data['return_mean']:8.2f}"
-        f"{1.96 * data['return_std'] / data['episodes'] ** 0.5:9.2f}"
-        + (f"{data['win_rate']:7.0%}" if "win_rate" in data else ""),
-    ]
-    for who, s in (("behaviour cloning", clone), (name, score)):
-        lines.append(f"{who:24}{s['return_mean']:8.2f}{s['return_ci95']:9.2f}{s['win_rate']:7.0%}")
+        f"\n{'':24}{'return':>8}{'95 % +-':>9}{won}",
+        row(f"data ({data.get('quality', 'given file')})", data["return_mean"], spread,
+            data.get("win_rate")),
+    ]  # fmt: skip
+    if score:
+        for who, s in (("behaviour cloning", clone), (name, score)):
+            lines.append(row(who, s["return_mean"], s["return_ci95"], s["win_rate"]))
+    else:
+        lines.append("no simulator plays this task here: no episode was played, no score is known")
+        lines += [f"{k:24}{v:8.3f}" for k, v in final["offline"].items()]
     if wm := final["world_model"]:
         lines += [
             f"\n{'held-out error':24}{'state':>8}{'reward':>9}",
@@ -241,10 +137,11 @@ def draw(run, final: dict) -> None:
     FigureCanvasAgg(figure)
     panels = np.atleast_1d(figure.subplots(1, 3 if wm else 1))
     ax, history = panels[0], final["evaluations"]
-    x, y = ([e[k] for e in history] for k in ("update", "return_mean"))
-    ax.errorbar(x, y, [e["return_ci95"] for e in history], marker="o", label="this run")
+    if history:
+        x, y = ([e[k] for e in history] for k in ("update", "return_mean"))
+        ax.errorbar(x, y, [e["return_ci95"] for e in history], marker="o", label="this run")
+        ax.axhline(final["clone"]["return_mean"], color="grey", ls="--", label="behaviour cloning")
     ax.axhline(final["dataset"]["return_mean"], color="grey", label="data")
-    ax.axhline(final["clone"]["return_mean"], color="grey", ls="--", label="behaviour cloning")
     ax.set(xlabel="policy updates", ylabel="return", title=f"{run.args.env_id}, {final['backend']}")
     ax.legend()
     if wm:
@@ -290,13 +187,16 @@ def compare(paths: list[Path]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, runs in groups.items():
-        ours, clone, data = (
-            [r[part]["return_mean"] for r in runs] for part in ("eval", "clone", "dataset")
-        )
-        won = np.mean([r["eval"]["win_rate"] for r in runs])
+        data = np.mean([r["dataset"]["return_mean"] for r in runs])
+        if not runs[0]["eval"]:
+            lines.append(f"| {name} | {len(runs)} | not played | | | {data:.2f} | 0 |")
+            continue
+        ours, clone = ([r[part]["return_mean"] for r in runs] for part in ("eval", "clone"))
+        wins = [r["eval"]["win_rate"] for r in runs]
+        won = "" if wins[0] is None else f"{np.mean(wins):.0%}"
         lines.append(
-            f"| {name} | {len(runs)} | {over_seeds(ours)} | {won:.0%} | {over_seeds(clone)} "
-            f"| {np.mean(data):.2f} | {runs[0]['eval']['episodes']} |"
+            f"| {name} | {len(runs)} | {over_seeds(ours)} | {won} | {over_seeds(clone)} "
+            f"| {data:.2f} | {runs[0]['eval']['episodes']} |"
         )
     lines += [
         "",

@@ -6,7 +6,6 @@ and TensorBoard events (`Log`) and checkpoint.pt (`save_checkpoint`); report.py 
 
 import copy
 import io
-import math
 import pickle
 import sys
 import time
@@ -36,7 +35,8 @@ class Run:
     args: object  # train.Args
     folder: Path
     device: torch.device
-    env: envs.SmaxEnv
+    env: object  # of envs.py; None: no simulator plays this task here
+    spec: envs.Spec
     data: OfflineDataset
     facts: dict  # of the data: path, sha256, episodes, transitions, return_mean, ...
     rng: torch.Generator  # of batches and rollouts
@@ -60,47 +60,6 @@ class Run:
     started: float = field(default_factory=time.time)
 
 
-def build(args, folder: Path, data: OfflineDataset, facts: dict, env: envs.SmaxEnv) -> Run:
-    """Make the networks for this data; the seed is set here and nowhere else."""
-    device, spec, statistics = data.obs.device, env.spec, data.statistics()
-    torch.manual_seed(args.seed)
-    rng = torch.Generator(device).manual_seed(args.seed)
-    sizes = (spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim)
-    world_model = LogoWM(
-        *sizes, args.wm_hidden, spec.discrete, statistics, args.deduce_from, args.learn_variance
-    )
-    obs = statistics["obs_mean"], statistics["obs_std"]
-    if args.shared_actor:  # one network must see every agent's observation on one scale
-        obs = tuple(x.mean(0, keepdim=True).expand_as(x) for x in obs)
-    state = statistics["state_mean"], statistics["state_std"]
-    shape = (spec.action_dim, args.hidden, spec.discrete)
-    actor, critic = (
-        Actor(*obs, *shape, args.shared_actor),
-        Critic(*obs, *state, *shape, args.critics),
-    )
-    world_model, actor, critic = (net.to(device) for net in (world_model, actor, critic))
-    clone = copy.deepcopy(actor)
-
-    def adam(net: torch.nn.Module, lr: float, decay: float = 0.0) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=decay, fused=True)
-
-    optimizers = {
-        "wm": adam(world_model, args.wm_lr, args.wm_weight_decay),  # Deviation D15
-        "clone": adam(clone, args.lr),
-        "actor": adam(actor, args.lr),
-        "critic": adam(critic, args.lr),
-    }
-    # Deviation D10: old collections are of old policies, and fill the memory
-    retain = args.retain or math.ceil(args.updates / args.collect_every)
-    model_data = None
-    if args.synthetic_fraction > 0:
-        model_data = SyntheticBuffer(retain, args.horizon, args.rollouts, *sizes, device)
-    return Run(
-        args, folder, device, env, data, facts, rng, world_model, actor, copy.deepcopy(actor),
-        clone, critic, copy.deepcopy(critic), optimizers, model_data, deque(maxlen=retain),
-    )  # fmt: skip
-
-
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, done: int, total: int, decay: bool) -> None:
     """The step size after `done` of `total` updates: constant, or falling linearly to zero."""
     for group in optimizer.param_groups:
@@ -115,8 +74,10 @@ def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     optimizer.step()
 
 
-def evaluate(run: Run, actor: Actor, seed: int, episodes: int) -> dict:
-    """Score of the greedy policy, see `envs.evaluate`."""
+def evaluate(run: Run, actor: Actor, seed: int, episodes: int) -> dict | None:
+    """Score of the greedy policy, see `envs.evaluate`; None where no simulator plays the task."""
+    if run.env is None:
+        return None
     started = time.time()
 
     def act(obs, avail):

@@ -12,10 +12,7 @@ buffer.py; what is not the method (checkpoints, logs, measures) in run.py and re
 """
 
 import copy
-import importlib.util
-import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -31,18 +28,8 @@ import envs
 import report
 from buffer import mix
 from macql import Actor, critic_loss, policy_loss, soft_update
-from run import (
-    Log,
-    Run,
-    build,
-    descend,
-    evaluate,
-    load_checkpoint,
-    phase,
-    plain,
-    save_checkpoint,
-    set_lr,
-)
+from prepare import build, check, commit, imagined_rows, method, prepare
+from run import Log, Run, descend, evaluate, load_checkpoint, phase, plain, save_checkpoint, set_lr
 
 
 @dataclass
@@ -51,7 +38,7 @@ class Args:
 
     # Task and data
     env_id: str = "3s_vs_5z"
-    """task: a SMAC map by its name [Sec. 5]"""
+    """task: a SMAC map by its name, or a robot and its division, as HalfCheetah-6x1 [Sec. 5]"""
     quality: collect.Quality = "medium"
     """who played the recorded data [Sec. 5]"""
     dataset: Path | None = None
@@ -60,8 +47,8 @@ class Args:
     """episodes to record where no dataset is given [ours]"""
     holdout: float = 0.05
     """share of the episodes kept from training, to test the world model on [OfflineRL-Kit]"""
-    backend: Literal["auto", "smax"] = "auto"
-    """simulator that evaluates; auto takes the best one present [ours]"""
+    backend: Literal["auto", "smax", "smac", "smacv2", "mamujoco"] = "auto"
+    """simulator that evaluates; auto takes the one that the data are from, if present [ours]"""
     seed: int = 1
     """of networks, batches and rollouts [ours]"""
     data_seed: int = 0
@@ -178,93 +165,11 @@ class Args:
     """log to Weights & Biases, too [ours]"""
 
 
-def check(args: Args) -> None:
-    """Refuse what cannot work before any work is done.
-
-    Raises:
-        ValueError: one sentence: which flag, what is wrong with it, what would do.
-    """
-    shares = ("synthetic_fraction", "gamma", "tau", "average", "epsilon", "holdout")
-    for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')} is {value}"
-        if name in shares and not 0 <= value <= 1:
-            raise ValueError(f"{flag}: give 0 to 1.")
-        if type(value) is float and not 0 <= value < math.inf:
-            raise ValueError(f"{flag}: give 0 or more.")
-        at_least = 0 if name in ("seed", "data_seed", "threads", "retain") else 1
-        if type(value) is int and value < at_least:
-            raise ValueError(f"{flag}: give {at_least} or more.")
-    if args.u_scale == 0:
-        raise ValueError("--u-scale is 0: give more, it divides u.")
-    if args.synthetic_fraction > 0 and imagined_rows(args) == 0:
-        raise ValueError(
-            f"--synthetic-fraction {args.synthetic_fraction} of --batch-size {args.batch_size} is "
-            "less than a row: give 0 for MACQL, or more."
-        )
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise ValueError("--track needs Weights & Biases: pip install wandb.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; give --device cpu or auto.")
-    if args.critic == "none" and args.synthetic_fraction > 0:
-        raise ValueError("--critic none clones real data: it needs --synthetic-fraction 0.")
-    if args.checkpoint_every % args.log_every:
-        raise ValueError("--checkpoint-every must be a multiple of --log-every.")
-
-
-def imagined_rows(args: Args) -> int:
-    """Imagined rows in a mixed batch."""
-    return round(args.synthetic_fraction * args.batch_size)
-
-
-def method(args: Args) -> str:
-    """logo, or what is left of it: macql without the model, bc without model and critic."""
-    if args.synthetic_fraction > 0:
-        return "logo"
-    return "macql" if args.critic == "cql" else "bc"
-
-
-def commit() -> str:
-    """This checkout's commit, "-dirty" where files differ from it, "unknown" outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def prepare(args: Args, folder: Path) -> Run:
-    """Data, simulator and networks; records the data at first use."""
-    device = torch.device(
-        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    env = envs.make(args.env_id, args.eval_episodes, args.backend)
-    path = args.dataset or collect.load_or_record(
-        args.env_id, args.quality, args.episodes, args.data_seed
-    )
-    path = Path(os.path.relpath(path))  # results name no folder of this machine
-    data, facts = datasets.load_dataset(path, args.holdout, args.data_seed, device)
-    spec = env.spec
-    if facts.get("env_id", args.env_id) != args.env_id:
-        raise ValueError(f"{path} was recorded on {facts['env_id']}, not on {args.env_id}.")
-    found = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])
-    needed = (spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim)
-    if found != needed:
-        raise ValueError(
-            f"{path}: agents, observation, state and actions are {found}, but {args.env_id} on "
-            f"{spec.backend} has {needed}; give the --env-id and --backend of the recording."
-        )
-    print(
-        f"{method(args).upper()} on {args.env_id}, simulator {spec.backend}, device {device}, seed "
-        f"{args.seed}\ndata {path}: {facts['episodes']} episodes, {facts['transitions']:,} "
-        f"transitions, return {facts['return_mean']:.2f} +- {facts['return_std']:.2f}"
-        + (f", {facts['win_rate']:.0%} won" if "win_rate" in facts else "")
-        + f"\n     sha256 {facts['sha256']}\nrun {folder}"
-    )
-    return build(args, folder, data, facts, env)
+# Where actions are continuous, these are the defaults; chosen on other seeds than those reported
+CONTINUOUS = {
+    "episodes": 200, "gamma": 0.99, "tau": 0.005, "conservative": "expectation",
+    "normalise_q": True, "updates": 20_000, "eval_every": 2_000, "eval_episodes": 20,
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,26 +277,28 @@ def phases_2_and_3_policy(run: Run, log: Log) -> None:
         return metrics
 
     def score(k: int) -> dict[str, float]:
-        seed = 10**6 * (args.seed + 1) + k  # other battles every time
+        seed = 10**6 * (args.seed + 1) + k  # other episodes every time
         result = evaluate(run, run.averaged, seed, args.eval_episodes)
         run.evaluations.append({"update": k + 1, **result})
-        return result
+        return {name: value for name, value in result.items() if value is not None}
 
     title = "Phases 2, 3: imagine, improve" if synthetic else "Phase 3: improve the policy"
-    phase(run, log, "policy", title, args.updates, update, score)
+    phase(run, log, "policy", title, args.updates, update, score if run.env else None)
 
 
 def main(args: Args) -> dict:
     """Train, evaluate, report; returns the content of final.json."""
     check(args)
-    started, backend = time.time(), "smax" if args.backend == "auto" else args.backend
-    source = args.dataset.stem if args.dataset else args.quality
-    name = f"{args.env_id}-{source}-{backend}-{method(args)}-seed{args.seed}"
-    folder = args.out or Path("runs") / name
-    probe = folder / f".{os.getpid()}.probe"  # can this folder be written?
+    started = time.time()
+    probe = (args.out or Path("runs")) / f".{os.getpid()}.probe"  # can this folder be written?
     datasets.write_atomic(probe, b"")
     probe.unlink()
-    run = prepare(args, folder)
+    data, facts, env, spec = prepare(args)
+    source = args.dataset.stem if args.dataset else args.quality
+    name = f"{args.env_id}-{source}-{spec.backend}-{method(args)}-seed{args.seed}"
+    folder = args.out or Path("runs") / name
+    print(f"run {folder}")
+    run = build(args, folder, data, facts, env, spec)
     run.started = started
     if args.resume:
         load_checkpoint(run, imagine)
@@ -409,10 +316,16 @@ def main(args: Args) -> dict:
     return report.finish(run, method(args), commit())
 
 
+def defaults(env_id: str) -> Args:
+    """The flags' defaults for a task: they differ where actions are continuous."""
+    return Args(env_id, **CONTINUOUS) if envs.is_robot(env_id) else Args(env_id)
+
+
 def cli(argv: list[str] | None = None) -> dict:
     """`main` from the command line: an error is one sentence and a non-zero exit."""
+    start = defaults(collect.task_of(argv, Args.env_id))
     try:
-        return main(tyro.cli(Args, description=__doc__, args=argv))
+        return main(tyro.cli(Args, description=__doc__, args=argv, default=start))
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         sys.exit(f"train.py: {e}")
 

@@ -1,0 +1,211 @@
+"""From flags to a run: check them, find the data, choose the simulator, build the networks.
+
+The choice of the simulator (`--backend auto`): robots are simulated by MuJoCo; battles recorded in
+SMAX are fought in SMAX; battles recorded in StarCraft II in StarCraft II where it is installed.
+Where it is not, or where nothing here plays the task of the data, the run trains all the same,
+fights no battle, and ends with what can be measured on held-out data: backend "offline".
+"""
+
+import copy
+import importlib.util
+import math
+import os
+import subprocess
+from collections import deque
+from pathlib import Path
+
+import torch
+
+import collect
+import datasets
+import envs
+from buffer import OfflineDataset, SyntheticBuffer
+from logo_wm import LogoWM
+from macql import Actor, Critic
+from run import Run
+
+
+def check(args) -> None:
+    """Refuse what cannot work before any work is done.
+
+    Raises:
+        ValueError: one sentence: which flag, what is wrong with it, what would do.
+    """
+    shares = ("synthetic_fraction", "gamma", "tau", "average", "epsilon", "holdout")
+    may_be_zero = ("seed", "data_seed", "threads", "retain", "critic_warm_up")
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} is {value}"
+        if name in shares and not 0 <= value <= 1:
+            raise ValueError(f"{flag}: give 0 to 1.")
+        if type(value) is float and not 0 <= value < math.inf:
+            raise ValueError(f"{flag}: give 0 or more.")
+        at_least = 0 if name in may_be_zero else 1
+        if type(value) is int and value < at_least:
+            raise ValueError(f"{flag}: give {at_least} or more.")
+    if args.u_scale == 0:
+        raise ValueError("--u-scale is 0: give more, it divides u.")
+    if args.synthetic_fraction > 0 and imagined_rows(args) == 0:
+        raise ValueError(
+            f"--synthetic-fraction {args.synthetic_fraction} of --batch-size {args.batch_size} is "
+            "less than a row: give 0 for MACQL, or more."
+        )
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--track needs Weights & Biases: pip install wandb.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; give --device cpu or auto.")
+    if args.critic == "none" and args.synthetic_fraction > 0:
+        raise ValueError("--critic none clones real data: it needs --synthetic-fraction 0.")
+    if args.checkpoint_every % args.log_every:
+        raise ValueError("--checkpoint-every must be a multiple of --log-every.")
+
+
+def imagined_rows(args) -> int:
+    """Imagined rows in a mixed batch."""
+    return round(args.synthetic_fraction * args.batch_size)
+
+
+def method(args) -> str:
+    """logo, or what is left of it: macql without the model, bc without model and critic."""
+    if args.synthetic_fraction > 0:
+        return "logo"
+    return "macql" if args.critic == "cql" else "bc"
+
+
+def commit() -> str:
+    """This checkout's commit, "-dirty" where files differ from it, "unknown" outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+# --------------------------------------------------------------------------------------------------
+# Data and simulator
+# --------------------------------------------------------------------------------------------------
+
+
+def choose_simulator(args, data: OfflineDataset, facts: dict):
+    """(environment or None, its Spec, why) for this data; see the module's docstring.
+
+    Raises:
+        ValueError: the data are of another task, or do not fit the backend that was asked for.
+        ImportError, OSError: that backend is not installed.
+    """
+    path, backend = facts["path"], args.backend
+    if facts.get("env_id", args.env_id) != args.env_id:
+        raise ValueError(f"{path} was recorded on {facts['env_id']}, not on {args.env_id}.")
+    discrete = data.avail is not None
+    limit = int(data.lengths.max())
+    found = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])
+    offline = envs.Spec(args.env_id, "offline", *found, discrete, limit)
+    if backend == "auto":
+        backend, why = best_backend(args.env_id, facts)
+        if backend == "offline":
+            return None, offline, why
+    why = "as asked for" if args.backend != "auto" else why
+    env = envs.make(args.env_id, args.eval_episodes, backend)
+    needed = env.spec[2:6]
+    if found != needed and args.backend == "auto" and facts.get("backend") != backend:
+        return None, offline, f"the data are not from {backend}, which shows other sizes {needed}"
+    if found != needed:
+        raise ValueError(
+            f"{path}: agents, observation, state and actions are {found}, but {args.env_id} on "
+            f"{backend} has {needed}; give the --env-id and --backend of the recording."
+        )
+    return env, env.spec, why
+
+
+def natural_backend(env_id: str) -> str | None:
+    if envs.is_robot(env_id):
+        return "mamujoco"
+    return "smax" if env_id in envs.known_ids() else None
+
+
+def best_backend(env_id: str, facts: dict) -> tuple[str, str]:
+    """The simulator that plays what was recorded, or "offline", and why it was chosen."""
+    recorded = facts.get("backend")
+    if recorded:
+        return recorded, f"the data were recorded in {recorded}"
+    natural = natural_backend(env_id)
+    if natural != "smax":
+        return natural or "offline", "it plays this task" if natural else "nothing here plays it"
+    if hasattr(envs, "starcraft_present") and envs.starcraft_present():
+        return "smac", "the data are StarCraft II's, and it is installed"
+    return "smax", "StarCraft II is not installed"
+
+
+def prepare(args) -> tuple[OfflineDataset, dict, object, envs.Spec]:
+    """Data and their facts, simulator (or None) and Spec; records the data at first use."""
+    device = torch.device(
+        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    path = args.dataset or collect.load_or_record(
+        args.env_id, args.quality, args.episodes, args.data_seed
+    )
+    path = Path(os.path.relpath(path))  # results name no folder of this machine
+    data, facts = datasets.load_dataset(path, args.holdout, args.data_seed, device)
+    env, spec, why = choose_simulator(args, data, facts)
+    print(
+        f"{method(args).upper()} on {args.env_id}, device {device}, seed {args.seed}\n"
+        + (f"simulator {spec.backend}: {why}\n" if env else f"no simulator: {why}; no episode "
+           "will be played, the run ends with measures on held-out data\n")
+        + f"data {path}: {facts['episodes']} episodes, {facts['transitions']:,} "
+        f"transitions, return {facts['return_mean']:.2f} +- {facts['return_std']:.2f}"
+        + (f", {facts['win_rate']:.0%} won" if "win_rate" in facts else "")
+        + f"\n     sha256 {facts['sha256']}"
+    )  # fmt: skip
+    return data, facts, env, spec
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks
+# --------------------------------------------------------------------------------------------------
+
+
+def build(args, folder: Path, data: OfflineDataset, facts: dict, env, spec: envs.Spec) -> Run:
+    """Make the networks for this data; the seed is set here and nowhere else."""
+    device, statistics = data.obs.device, data.statistics()
+    torch.manual_seed(args.seed)
+    rng = torch.Generator(device).manual_seed(args.seed)
+    sizes = (spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim)
+    world_model = LogoWM(
+        *sizes, args.wm_hidden, spec.discrete, statistics, args.deduce_from, args.learn_variance
+    )
+    obs = statistics["obs_mean"], statistics["obs_std"]
+    if args.shared_actor and spec.discrete:  # the agents' observations mean the same, on one scale
+        obs = tuple(x.mean(0, keepdim=True).expand_as(x) for x in obs)
+    state = statistics["state_mean"], statistics["state_std"]
+    shape = (spec.action_dim, args.hidden, spec.discrete)
+    actor, critic = (
+        Actor(*obs, *shape, args.shared_actor),
+        Critic(*obs, *state, *shape, args.critics),
+    )
+    world_model, actor, critic = (net.to(device) for net in (world_model, actor, critic))
+    clone = copy.deepcopy(actor)
+
+    def adam(net: torch.nn.Module, lr: float, decay: float = 0.0) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=decay, fused=True)
+
+    optimizers = {
+        "wm": adam(world_model, args.wm_lr, args.wm_weight_decay),  # Deviation D15
+        "clone": adam(clone, args.lr),
+        "actor": adam(actor, args.lr),
+        "critic": adam(critic, args.lr),
+    }
+    # Deviation D10: old collections are of old policies, and fill the memory
+    retain = args.retain or math.ceil(args.updates / args.collect_every)
+    model_data = None
+    if args.synthetic_fraction > 0:
+        model_data = SyntheticBuffer(
+            retain, args.horizon, args.rollouts, *sizes, device, spec.discrete
+        )
+    return Run(
+        args, folder, device, env, spec, data, facts, rng, world_model, actor,
+        copy.deepcopy(actor), clone, critic, copy.deepcopy(critic), optimizers, model_data,
+        deque(maxlen=retain),
+    )  # fmt: skip
