@@ -242,9 +242,17 @@ def test_what_is_no_file_of_episodes_is_refused(tmp_path):
     text.write_text("not HDF5")
     with pytest.raises(ValueError, match="text.h5: not an HDF5 file"):
         load(text)
-    for path in (tmp_path, tmp_path / "missing.h5"):
-        with pytest.raises(ValueError, match=f"{path.name}: no such file"):
-            load(path)
+    with pytest.raises(ValueError, match="missing.h5: no such file"):
+        load(tmp_path / "missing.h5")
+    with pytest.raises(ValueError, match="a folder, but neither a Vault nor a Minari"):
+        load(tmp_path)
+    (tmp_path / "empty.h5").touch()
+    with pytest.raises(ValueError, match="empty.h5: an empty file"):
+        load(tmp_path / "empty.h5")
+    (tmp_path / "half.h5.part").touch()
+    for name in ("half.h5", "half.h5.part"):
+        with pytest.raises(ValueError, match=f"{name}: a half-finished download"):
+            load(tmp_path / name)
 
 
 # ------------------------------------------------------------------------- the real StarCraft II
