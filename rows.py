@@ -27,8 +27,9 @@ def blocks(count: int, row_bytes: int, chunk: int = 1) -> Iterator[tuple[int, in
 
 def numbers(path: Path, key: str, array) -> None:
     """Refuse anything but plain numbers: objects and references could hold anything."""
-    if getattr(array, "shape", None) is None or np.dtype(array.dtype).kind not in "biuf":
-        kind = getattr(array, "dtype", "a group")
+    kind = getattr(array, "dtype", "no array")
+    kind = getattr(kind, "numpy_dtype", kind)  # tensorstore has its own
+    if isinstance(kind, str) or kind.kind not in "biuf":
         raise ValueError(f"{path}: key {key} holds no plain numbers ({kind}).")
 
 

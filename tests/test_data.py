@@ -271,7 +271,19 @@ def test_the_real_starcraft_file_reads_as_published():
         assert facts["return_mean"] == pytest.approx(by_hand, abs=0.05)
     batch = data.sample(1000, torch.Generator().manual_seed(0))
     assert (batch.actions * (1 - batch.avail)).sum() == 0
-    assert "3 agents, 9 actions, observations 30, state 48" in datasets.describe(STARCRAFT)
+    assert facts["format"] == "episodes" and facts["final_observation"] == "stored"
+    assert facts["win_rate_inferred"] and facts["win_rate"] == pytest.approx(0.5415)
+    shown = datasets.describe(STARCRAFT)
+    assert "3 agents, 9 actions, observations 30, state 48" in shown
+    assert "54 % of battles won" in shown
+
+
+@pytest.mark.skipif(not STARCRAFT.is_file(), reason=f"the StarCraft II file {STARCRAFT} is absent")
+def test_a_battle_counts_as_won_exactly_where_the_state_shows_all_enemies_dead():
+    columns, lengths, _ = datasets.read_episodes(STARCRAFT)
+    last = columns["state"][np.cumsum(lengths + 1) - 1]
+    health = last[:, 12:21].reshape(-1, 3, 3)[..., 0]  # on 3m, after 3 allies of 4 numbers each
+    assert np.array_equal(columns["won"], (health == 0).all(1))
 
 
 # -------------------------------------------------------------------------- collecting: arithmetic
@@ -380,19 +392,23 @@ def test_the_shipped_behaviour_policies_load_and_are_finite_and_different(path):
     actors = collect.load_behaviour(path.stem, spec)
     assert len(actors) == 6  # five snapshots up to medium, and the final policy
     obs = torch.randn(20, spec.num_agents, spec.obs_dim, generator=torch.Generator().manual_seed(0))
-    avail = torch.ones(20, spec.num_agents, spec.action_dim)
-    policies = [collect.log_policy(actor, obs, avail).exp() for actor in actors]
+    avail = torch.ones(20, spec.num_agents, spec.action_dim) if spec.discrete else None
     with np.load(path, allow_pickle=False) as stored:
-        for j, p in enumerate(actors[-1].parameters()):
-            stack = stored[f"parameter_{j}"]
-            assert np.isfinite(stack).all()
-            assert np.array_equal(p.detach().numpy(), stack[-1].astype(np.float32))
+        for name, x in actors[-1].state_dict().items():
+            assert np.isfinite(stored[name]).all()
+            assert np.array_equal(x.numpy(), stored[name][-1].astype(np.float32))
         steps = stored["snapshot_steps"]
         assert (np.diff(steps[:-1]) >= 0).all() and steps[-1] > steps[-2]
-    for pi in policies:
-        assert pi.shape == avail.shape and torch.isfinite(pi).all()
-        torch.testing.assert_close(pi.sum(-1), torch.ones(20, spec.num_agents))
-    assert (policies[-1] - policies[-2]).abs().max() > 0.01
+    shown = []
+    for actor in actors:
+        out = actor.distribution(obs, avail)
+        shown.append(out.exp() if spec.discrete else out[0])  # probabilities, or means
+        assert torch.isfinite(shown[-1]).all()
+        if spec.discrete:
+            torch.testing.assert_close(shown[-1].sum(-1), torch.ones(20, spec.num_agents))
+        else:
+            assert (out[1].exp() > 0).all() and out[1].shape == shown[-1].shape
+    assert (shown[-1] - shown[-2]).abs().max() > 0.01
 
 
 def test_the_two_default_maps_have_behaviour_policies_and_others_say_how_to_get_one():
