@@ -66,7 +66,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         self.linked |= {k.lower(): v for k, v in headers.items() if k.lower().startswith("x-link")}
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        onward = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if onward is not None:
+            onward.method = req.get_method()  # asking for the head alone, still
+        return onward
 
 
 def download(name: str, out: Path) -> Path:
@@ -139,7 +142,7 @@ def receive(remote: Remote, part: Path) -> None:
                 while block := answer.read(2**20):
                     f.write(block)
                     bar.update(len(block))
-            except (TimeoutError, ConnectionError, http.client.HTTPException) as e:
+            except (OSError, http.client.HTTPException) as e:
                 raise stopped(remote, part, f.tell(), e) from e
     if (have := part.stat().st_size) < remote.size:
         raise stopped(remote, part, have, "the host closed the connection")

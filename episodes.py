@@ -180,8 +180,8 @@ def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarr
         if k == "actions" and discrete:
             legal = columns["avail_actions"][rows]
             return one_hot(path, "avail_actions", at, x[..., 0], legal, final[rows])
-        if k == "terminated" and ((x != 0) & (x != 1)).any():
-            raise ValueError(f"{path}: key {k}, {where(first)}: neither 0 nor 1 in it.")
+        if k == "terminated" and (wrong := (x != 0) & (x != 1)).any():
+            raise ValueError(f"{path}: key {k}, {at(int(wrong.argmax()))}: neither 0 nor 1.")
         return check_action_range(x, beyond) if k == "actions" else x
 
     with tqdm(
@@ -201,9 +201,9 @@ def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarr
         raise ValueError(f"{path}: key terminated, {where(int(early.argmax()))}: before its end.")
     columns["avail"] = columns.pop("avail_actions", None)
     finish(columns, lengths, ended)
-    facts = {
-        k: v.item() if hasattr(v, "item") else v for k, v in f.attrs.items() if np.ndim(v) == 0
-    }
+    facts = {k: v.item() if isinstance(v, np.generic) else v for k, v in f.attrs.items()}
+    facts = {k: v for k, v in facts.items() if isinstance(v, str | int | float)}
+    facts.pop("win_rate", None)  # counted anew where the file tells who won
     facts["repaired"] = [x for x in str(facts.get("repaired", "")).split("\n") if x]
     if beyond[0]:
         share = beyond[0] / columns["actions"].size

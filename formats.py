@@ -17,6 +17,7 @@ Sizes: M rows stored, R rows returned, E episodes, N agents, O observation, S st
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,10 +186,15 @@ def vault_columns(path: Path, rows: Rows, stores: dict, layout: Layout, chunk: C
 
 def read_minari(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarray, dict]:
     """Minari's main_data.hdf5: groups episode_k with L+1 observations and L of all else."""
-    names = sorted((k for k in f if k.startswith("episode_")), key=lambda k: int(k[8:]))
+    names = [k for k in f if re.fullmatch(r"episode_\d+", k)]
+    names.sort(key=lambda k: int(k[8:]))
     first, beyond = f[names[0]], [0]
-    if missing := [k for k in ("observations", "actions", *MINARI_STEPS) if k not in first]:
-        raise ValueError(f"{path}: {names[0]} has no key {', '.join(missing)}.")
+    for name in names:
+        wanted = ("observations", "actions", *MINARI_STEPS)
+        if missing := [k for k in wanted if k not in f[name]]:
+            raise ValueError(f"{path}: {name} has no key {', '.join(missing)}.")
+        if len(getattr(f[name]["rewards"], "shape", ())) != 1:
+            raise ValueError(f"{path}: {name}/rewards is no row of numbers.")
     lengths = np.array([len(f[name]["rewards"]) for name in names])
     if (lengths < 1).any():
         raise ValueError(f"{path}: {names[lengths.argmin()]} holds no transition.")
@@ -206,16 +212,17 @@ def read_minari(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarray, di
         def stored(key, rows, group=group, name=name):
             values = group[key] if key in group else None
             numbers(path, f"{name}/{key}", values)
-            if len(values) != rows:
-                raise ValueError(f"{path}: {name}/{key} has {len(values)} rows, not {rows}.")
+            if values.shape != (rows, *first[key].shape[1:]):
+                wanted = (rows, *first[key].shape[1:])
+                raise ValueError(f"{path}: {name}/{key} has shape {values.shape}, not {wanted}.")
             return finite(path, f"{name}/{key}", 0, values[:])
 
         obs, state, actions = split(lambda k, n=n, get=stored: get(k, n + k.startswith("obs")))
         columns["obs"][row : row + n + 1] = obs
         columns["state"][row : row + n + 1] = state
         columns["actions"][row : row + n] = check_action_range(actions, beyond)
-        columns["reward"][row : row + n] = stored("rewards", n).reshape(n)
-        over, cut = (stored(k, n).reshape(n).astype(bool) for k in MINARI_STEPS[1:])
+        columns["reward"][row : row + n] = stored("rewards", n)
+        over, cut = (stored(k, n).astype(bool) for k in MINARI_STEPS[1:])
         if (over | cut)[:-1].any():
             raise ValueError(f"{path}: {name} ends before its last step.")
         terminated[e], row = over[-1], row + n + 1
@@ -250,14 +257,21 @@ def minari_agents(path: Path, name: str, first) -> tuple[Callable, dict, dict]:
     return split, {"obs": (n, o), "state": s, "actions": (n, a)}, {"repaired": []}
 
 
+def minari_robot_name(metadata: Path) -> str | None:
+    """HalfCheetah, of metadata whose env_spec is of HalfCheetah-v5."""
+    try:
+        spec = json.loads(metadata.read_text()).get("env_spec") or "{}"
+        return json.loads(spec).get("id", "").partition("-")[0] or None
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{metadata}: is not Minari's: {e}.") from e
+
+
 def minari_robot(path: Path, first, env_id: str | None) -> tuple[Callable, dict, dict]:
     """For one robot, joint observations and actions: how to divide one episode."""
     found = None
     for folder in (path.parent, path.parent.parent):
         if found is None and (folder / "metadata.json").is_file():
-            spec = json.loads((folder / "metadata.json").read_text()).get("env_spec") or "{}"
-            name = (json.loads(spec) if isinstance(spec, str) else spec).get("id", "")
-            found = name.partition("-")[0] or None
+            found = minari_robot_name(folder / "metadata.json")
     if env_id is None and found is not None:
         named = [task for task in envs.PAPER_MUJOCO if task.partition("-")[0] == found]
         if not named:

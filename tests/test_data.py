@@ -152,6 +152,33 @@ def test_a_write_that_fails_leaves_nothing_behind_and_the_old_file_whole(
     assert path.read_bytes() == b"new" and len(list(path.parent.iterdir())) == 1
 
 
+def test_continuous_recordings_come_back_without_a_mask_and_with_clipped_actions(tmp_path):
+    log = make_log([4, 6], seed=3) | {"avail": None}
+    log["actions"] = np.random.default_rng(0).normal(size=log["actions"].shape).astype(np.float32)
+    arrays = datasets.join_rounds([log], LIMIT)
+    datasets.save_episodes(tmp_path / "c.h5", arrays, {"env_id": "Hopper-3x1"})
+    data, facts = load(tmp_path / "c.h5")
+    assert data.avail is None and "win_rate" not in facts
+    assert np.array_equal(data.actions[:4], log["actions"][:4, 0].clip(-1, 1))
+    assert np.array_equal(data.actions[5:11], log["actions"][:6, 1].clip(-1, 1))
+    assert facts["repaired"] == [] and facts["env_id"] == "Hopper-3x1"
+    with pytest.raises(ValueError, match="is of Hopper-3x1, not of Ant-2x4"):
+        datasets.read_episodes(tmp_path / "c.h5", "Ant-2x4")
+
+
+def test_wins_are_inferred_from_smacs_bonus_alone():
+    lengths = np.array([3, 3, 2, 3])
+    reward = np.array([4, 5, 11, 0, 4, 9, 7, 0, 3, 2, 0, 2, 8, 11, 0], np.float32)
+    # a victory; 20 without one (what healed was hit again); a defeat; 21, cut off at the limit
+    over = np.array([0, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0], np.float32)
+    columns = {"reward": reward, "terminated": over, "avail": np.ones((15, 1, 1))}
+    returns = np.array([20.0, 20.0, 5.0, 21.0])
+    assert datasets.infer_wins(columns, lengths, returns).tolist() == [True, False, False, False]
+    assert datasets.infer_wins(columns, lengths, returns / 2) is None
+    assert datasets.infer_wins(columns | {"reward": reward - 1}, lengths, returns) is None
+    assert datasets.infer_wins(columns | {"avail": None}, lengths, returns) is None
+
+
 # --------------------------------------------------------------------------------------- refusals
 
 
@@ -182,6 +209,22 @@ def drop_last(key, axis):
     return change
 
 
+def half_an_action(arrays):
+    arrays["actions"] = arrays["actions"] + 0.5 * (arrays["actions"] == 0)
+
+
+def as_text(key):
+    def change(arrays):
+        arrays[key] = arrays[key].astype("S8")
+
+    return change
+
+
+def nothing(arrays):
+    for key in arrays:
+        arrays[key] = arrays[key][:0]
+
+
 def forbid(arrays):
     choice = arrays["actions"][2, 1, 1, 0]
     arrays["avail_actions"][2, 1, 1] = 1
@@ -207,6 +250,15 @@ BROKEN = {
         put("actions", (0, 0, 0, 0), A),
         f"key actions: {A}, but avail_actions has",
     ),
+    "action_half": (half_an_action, "key actions: 0.5 is no number of an action"),
+    "early_end": (put("terminated", (2, 1), 1), "key terminated, episode 2: before its end"),
+    "odd_end": (put("terminated", (2, 4), 7), "key terminated, episode 2: neither 0 nor 1"),
+    "odd_mask": (put("avail_actions", (1, 0, 0, 0), 5), "avail_actions, episode 1: neither 0 nor"),
+    "no_choice": (put("avail_actions", (3, 2, 1), 0), "episode 3: an agent may do nothing"),
+    "won_of_others": (drop_last("won", 0), "key won has shape"),
+    "objects": (as_text("state"), "key state holds no plain numbers"),
+    "no_avail": (without("avail_actions"), "no key avail_actions"),
+    "no_episodes": (nothing, "holds no episodes"),
     "action_negative": (put("actions", (0, 0, 0, 0), -1), "key actions"),
 }
 
