@@ -269,9 +269,9 @@ def download_command(name: tyro.conf.Positional[str] = "", /, out: Path = Path("
         name: such as omiga/3hopper; without one, what there is.
         out: the folder to unpack into.
     """
-    if not name:
+    if name not in transfer.CATALOGUE:
         print(transfer.listing())
-    else:
+    if name:
         print(f"unpacked {transfer.download(name, out)}")
 
 

@@ -209,11 +209,16 @@ def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarr
         share = beyond[0] / columns["actions"].size
         facts["repaired"].append(f"{share:.1%} of the action values were clipped to [-1,1]")
     if "won" in f:
-        numbers(path, "won", f["won"])
-        columns["won"] = f["won"][:].reshape(-1) != 0
-        if columns["won"].shape != lengths.shape:
-            raise ValueError(f"{path}: key won has shape {f['won'].shape}, for {len(lengths)}.")
+        columns["won"] = read_won(path, f["won"], len(lengths))
     return columns, lengths, {"final_observation": "stored"} | facts
+
+
+def read_won(path: Path, stored, episodes: int) -> np.ndarray:
+    """(E,) bool, which battles were won."""
+    numbers(path, "won", stored)
+    if stored.shape not in ((episodes,), (episodes, 1)):
+        raise ValueError(f"{path}: key won has shape {stored.shape}, for {episodes} episodes.")
+    return stored[:].reshape(-1) != 0
 
 
 def check_episode_keys(path: Path, f) -> tuple[list[str], dict[str, tuple]]:

@@ -26,11 +26,13 @@ def blocks(count: int, row_bytes: int, chunk: int = 1) -> Iterator[tuple[int, in
 
 
 def numbers(path: Path, key: str, array) -> None:
-    """Refuse anything but plain numbers: objects and references could hold anything."""
+    """Refuse all but plain numbers in the file itself: objects and links could be anything."""
     kind = getattr(array, "dtype", "no array")
     kind = getattr(kind, "numpy_dtype", kind)  # tensorstore has its own
     if isinstance(kind, str) or kind.kind not in "biuf":
         raise ValueError(f"{path}: key {key} holds no plain numbers ({kind}).")
+    if getattr(array, "external", None) or getattr(array, "is_virtual", False):
+        raise ValueError(f"{path}: key {key} refers to other files, which are not read.")
 
 
 def finite(path: Path, key: str, first: int, x: np.ndarray) -> np.ndarray:

@@ -281,6 +281,18 @@ def test_the_message_about_a_negative_action_shows_the_number_at_fault(tmp_path)
         load(write(tmp_path / "negative.h5", arrays))
 
 
+def test_what_lies_in_another_file_is_not_read(tmp_path):
+    arrays = make_arrays()
+    state = arrays.pop("state")
+    path = write(tmp_path / "links.h5", arrays)
+    (tmp_path / "secret").write_bytes(state.tobytes())
+    with h5py.File(path, "a") as f:
+        where = [(str(tmp_path / "secret"), 0, state.nbytes)]
+        f.create_dataset("state", state.shape, state.dtype, external=where)
+    with pytest.raises(ValueError, match="links.h5: key state refers to other files"):
+        load(path)
+
+
 def test_the_last_row_of_an_episode_may_carry_any_action_and_padding_any_value(tmp_path):
     arrays = make_arrays()
     arrays["avail_actions"][0, 3] = [0, 1, 1, 1, 1]  # forbids the 0 that pads the last row

@@ -560,3 +560,15 @@ def test_reading_needs_less_than_twice_what_training_needs(tmp_path):
     used, needed = map(int, done.stdout.split())
     assert needed > 100e6
     assert used < 2 * needed, f"{used / 1e6:.0f} MB for {needed / 1e6:.0f} MB of data"
+
+
+def test_the_commands_print_what_was_asked_for(tmp_path):
+    out = tmp_path / "out.h5"
+    cheetah = [minari_episode(e, False, True) for e in rollouts("HalfCheetah-6x1")]
+    path = write_minari(tmp_path / "x-v0", cheetah, "HalfCheetah-v5")
+    done = run("convert", path, out, "--env-id", "HalfCheetah-2x3")
+    assert done.returncode == 0, done.stderr
+    assert "2 agents, 3 motors each, observations 12, state 17" in done.stdout
+    done = run("download", "cfcql/9z")
+    assert done.returncode != 0 and "omiga/3hopper" in done.stdout
+    assert done.stderr.startswith("datasets.py: no dataset is named 'cfcql/9z'")
