@@ -17,6 +17,7 @@ import torch
 import collect
 import datasets
 import envs
+import mappo
 
 ROOT = Path(__file__).resolve().parents[1]
 STARCRAFT = ROOT.parent / "shared" / "data" / "smac_3m_medium.h5"
@@ -363,7 +364,7 @@ def test_generalised_advantages_equal_their_definition_as_a_sum():
     for e, n in enumerate(length):
         filled[:n, e] = 1
         terminated[n - 1, e] = float(e in (1, 3))  # the others are cut by the time limit
-    found = collect.advantages(reward, value, terminated, filled, gamma, lam)
+    found = mappo.advantages(reward, value, terminated, filled, gamma, lam)
     for e, n in enumerate(length):
         for t in range(steps):
             expected = 0.0
