@@ -328,7 +328,7 @@ def starcraft_folder() -> Path:
 
 def starcraft_present() -> bool:
     """Is StarCraft II installed? Looks at the disk only, imports nothing."""
-    return any((starcraft_folder() / "Versions").glob("Base*"))
+    return any((starcraft_folder() / "Versions").glob("Base*/SC2*"))
 
 
 def require_starcraft(map_file: str) -> None:
@@ -340,7 +340,7 @@ def require_starcraft(map_file: str) -> None:
     folder = starcraft_folder()
     if not starcraft_present():
         raise FileNotFoundError(
-            f"StarCraft II is not in {folder} (no Versions/Base... there): install it (Linux: 4.10 "
+            f"StarCraft II is not in {folder} (no Versions/Base*/SC2*): install it (Linux: 4.10 "
             "of https://github.com/Blizzard/s2client-proto#downloads) or set SC2PATH to its folder."
         )
     path = folder / "Maps" / "SMAC_Maps" / f"{map_file}.SC2Map"
@@ -427,6 +427,7 @@ class SmacEnv:
         self._arguments = _smac_arguments(env_id, registry)
         self.map_file = registry[self._arguments["map_name"]].get("map_name", env_id)
         self.num_envs, self._seed, self._games = num_envs, seed, []
+        self._over = np.zeros(num_envs, bool)
         info = self._start(0).get_env_info()  # no process yet
         self.spec = Spec(
             env_id=env_id,
@@ -775,7 +776,9 @@ def _self_check():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["watch"]:  # by name: this file must run alone, where no watch.py is
-        importlib.import_module("watch").cli(sys.argv[2:])
+    if sys.argv[1:2] == ["watch"] and Path(__file__).with_name("watch.py").exists():
+        importlib.import_module("watch").cli(sys.argv[2:])  # by name: this file also runs alone
+    elif sys.argv[1:]:
+        sys.exit("envs.py: `watch RUN_DIR`, which needs watch.py beside this file, or no argument.")
     else:
         _self_check()

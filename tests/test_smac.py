@@ -131,6 +131,7 @@ def forget(monkeypatch):
 def starcraft(monkeypatch, tmp_path):
     """A folder that looks like an installed game with two maps."""
     (tmp_path / "Versions" / "Base75689").mkdir(parents=True)
+    (tmp_path / "Versions" / "Base75689" / "SC2_x64").touch()
     (tmp_path / "Maps" / "SMAC_Maps").mkdir(parents=True)
     for name in ("3s_vs_5z", "32x32_flat"):
         (tmp_path / "Maps" / "SMAC_Maps" / f"{name}.SC2Map").touch()
@@ -224,7 +225,7 @@ def test_the_two_packages_are_not_loaded_side_by_side(monkeypatch, smac):
 def test_a_missing_game_or_map_is_told_before_anything_starts(smac, starcraft, monkeypatch):
     with pytest.raises(FileNotFoundError, match="2s3z.SC2Map is missing: copy the folder SMAC_Ma"):
         envs.make("2s3z", backend="smac")
-    (starcraft / "Versions" / "Base75689").rmdir()
+    (starcraft / "Versions" / "Base75689" / "SC2_x64").unlink()
     with pytest.raises(FileNotFoundError, match="StarCraft II is not in .*install it.*SC2PATH"):
         envs.make("3s_vs_5z", backend="smac")
     assert all(game.processes == 0 for game in Game.made)
@@ -238,7 +239,7 @@ def test_starcraft_present_looks_where_pysc2_looks(starcraft, monkeypatch, tmp_p
     for unset in ("", None):
         monkeypatch.setenv("SC2PATH", unset) if unset is not None else monkeypatch.delenv("SC2PATH")
         assert not envs.starcraft_present() and envs.starcraft_folder() == home / "StarCraftII"
-    (home / "StarCraftII" / "Versions" / "Base1").mkdir(parents=True)
+    (home / "StarCraftII" / "Versions" / "Base1" / "SC2.app").mkdir(parents=True)
     assert envs.starcraft_present()
 
 

@@ -2,7 +2,11 @@
 
 import io
 import json
+import shutil
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,3 +136,16 @@ def test_what_cannot_be_watched_is_told_in_one_sentence(tmp_path):
 def test_the_command_line_ends_with_the_sentence(tmp_path):
     with pytest.raises(SystemExit, match="watch: .* is no run: give the folder"):
         watch.cli([str(tmp_path / "nothing")])
+
+
+def test_envs_passes_the_command_on_and_explains_itself_without_this_file(tmp_path):
+    def told(folder: Path, *arguments: str) -> str:
+        command = [sys.executable, "envs.py", *arguments]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        return done.stderr
+
+    project = Path(envs.__file__).parent
+    assert "is no run: give the folder" in told(project, "watch", str(tmp_path))
+    shutil.copy(project / "envs.py", tmp_path)
+    assert "which needs watch.py beside this file" in told(tmp_path, "watch", "x")
