@@ -87,7 +87,7 @@ def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarr
     except (OSError, RuntimeError) as e:  # as h5py reports what it cannot decode
         raise ValueError(f"{path}: truncated or damaged: {e}") from e
     if env_id and facts.setdefault("env_id", env_id) != env_id:
-        raise ValueError(f"{path}: is of {facts['env_id']}, not of {env_id}.")
+        raise ValueError(f"{path} was recorded on {facts['env_id']}, not on {env_id}.")
     returns = np.add.reduceat(
         columns["reward"].astype(np.float64), np.cumsum(lengths + 1) - lengths - 1
     )

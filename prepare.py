@@ -55,6 +55,11 @@ def check(args) -> None:
         raise ValueError("--device cuda: torch finds no GPU here; give --device cpu or auto.")
     if args.critic == "none" and args.synthetic_fraction > 0:
         raise ValueError("--critic none clones real data: it needs --synthetic-fraction 0.")
+    if args.backend in ("smac", "smacv2") and args.dataset is None:
+        raise ValueError(
+            f"--backend {args.backend} needs --dataset FILE recorded in StarCraft II (README, Data); "
+            "what we record is SMAX's."
+        )
     if args.checkpoint_every % args.log_every:
         raise ValueError("--checkpoint-every must be a multiple of --log-every.")
 
@@ -95,8 +100,6 @@ def choose_simulator(args, data: OfflineDataset, facts: dict):
         ImportError, OSError: that backend is not installed.
     """
     path, backend = facts["path"], args.backend
-    if facts.get("env_id", args.env_id) != args.env_id:
-        raise ValueError(f"{path} was recorded on {facts['env_id']}, not on {args.env_id}.")
     discrete = data.avail is not None
     limit = int(data.lengths.max())
     found = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])
@@ -106,10 +109,12 @@ def choose_simulator(args, data: OfflineDataset, facts: dict):
         if backend == "offline":
             return None, offline, why
     why = "as asked for" if args.backend != "auto" else why
-    env = envs.make(args.env_id, args.eval_episodes, backend)
+    slots = min(args.eval_episodes, envs.MOST_GAMES) if "smac" in backend else args.eval_episodes
+    env = envs.make(args.env_id, slots, backend)
     needed = env.spec[2:6]
     if found != needed and args.backend == "auto" and facts.get("backend") != backend:
-        return None, offline, f"the data are not from {backend}, which shows other sizes {needed}"
+        why = f"{why}, and {backend} shows (N, O, S, A) = {needed}, the data {found}"
+        return None, offline, why
     if found != needed:
         raise ValueError(
             f"{path}: agents, observation, state and actions are {found}, but {args.env_id} on "
@@ -118,23 +123,19 @@ def choose_simulator(args, data: OfflineDataset, facts: dict):
     return env, env.spec, why
 
 
-def natural_backend(env_id: str) -> str | None:
-    if envs.is_robot(env_id):
-        return "mamujoco"
-    return "smax" if env_id in envs.known_ids() else None
-
-
 def best_backend(env_id: str, facts: dict) -> tuple[str, str]:
     """The simulator that plays what was recorded, or "offline", and why it was chosen."""
     recorded = facts.get("backend")
     if recorded:
         return recorded, f"the data were recorded in {recorded}"
-    natural = natural_backend(env_id)
-    if natural != "smax":
-        return natural or "offline", "it plays this task" if natural else "nothing here plays it"
-    if hasattr(envs, "starcraft_present") and envs.starcraft_present():
-        return "smac", "the data are StarCraft II's, and it is installed"
-    return "smax", "StarCraft II is not installed"
+    natural = envs.natural_backend(env_id)
+    if natural == "mamujoco":
+        return natural, "it plays this robot"
+    if envs.starcraft_present():
+        return "smac" if natural == "smax" else natural, "StarCraft II is installed"
+    if natural == "smacv2" or env_id not in envs.known_ids():
+        return "offline", f"StarCraft II is not installed, and nothing else plays {env_id}"
+    return natural, "StarCraft II is not installed"
 
 
 def prepare(args) -> tuple[OfflineDataset, dict, object, envs.Spec]:
@@ -148,7 +149,7 @@ def prepare(args) -> tuple[OfflineDataset, dict, object, envs.Spec]:
         args.env_id, args.quality, args.episodes, args.data_seed
     )
     path = Path(os.path.relpath(path))  # results name no folder of this machine
-    data, facts = datasets.load_dataset(path, args.holdout, args.data_seed, device)
+    data, facts = datasets.load_dataset(path, args.holdout, args.data_seed, device, args.env_id)
     env, spec, why = choose_simulator(args, data, facts)
     print(
         f"{method(args).upper()} on {args.env_id}, device {device}, seed {args.seed}\n"
@@ -158,6 +159,7 @@ def prepare(args) -> tuple[OfflineDataset, dict, object, envs.Spec]:
         f"transitions, return {facts['return_mean']:.2f} +- {facts['return_std']:.2f}"
         + (f", {facts['win_rate']:.0%} won" if "win_rate" in facts else "")
         + f"\n     sha256 {facts['sha256']}"
+        + "".join(f"\n     {repair}" for repair in facts.get("repaired", []))
     )  # fmt: skip
     return data, facts, env, spec
 
