@@ -57,7 +57,7 @@ def check(args) -> None:
         raise ValueError("--critic none clones real data: it needs --synthetic-fraction 0.")
     if args.backend in ("smac", "smacv2") and args.dataset is None:
         raise ValueError(
-            f"--backend {args.backend} needs --dataset FILE recorded in StarCraft II (README, Data); "
+            f"--backend {args.backend} needs --dataset FILE, of StarCraft II (README, Data); "
             "what we record is SMAX's."
         )
     if args.checkpoint_every % args.log_every:

@@ -163,7 +163,7 @@ def test_continuous_recordings_come_back_without_a_mask_and_with_clipped_actions
     assert np.array_equal(data.actions[:4], log["actions"][:4, 0].clip(-1, 1))
     assert np.array_equal(data.actions[5:11], log["actions"][:6, 1].clip(-1, 1))
     assert facts["repaired"] == [] and facts["env_id"] == "Hopper-3x1"
-    with pytest.raises(ValueError, match="is of Hopper-3x1, not of Ant-2x4"):
+    with pytest.raises(ValueError, match="was recorded on Hopper-3x1, not on Ant-2x4"):
         datasets.read_episodes(tmp_path / "c.h5", "Ant-2x4")
 
 
