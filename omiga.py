@@ -8,7 +8,7 @@ The traps of these files, and what is done about them:
 
   o holds per agent the *whole* state and the agent's number, standardised within that single
     vector: no agent's view is partial. Number entries are 1 or 0 before standardisation, so two of
-    them give mean and deviation back exactly. The state so regained is divided by envs.partition.
+    them give mean and deviation back exactly. The state so regained is divided by robots.partition.
   The robots are driven by the agents' actions in the order of the agents; gymnasium-robotics
     divides Ant's motors otherwise. The joint action is rebuilt, then divided as our agents are.
   Actions may lie outside [-1,1], where the simulator cuts them off: they are clipped.
@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 import envs
+import robots
 from rows import (
     Rows,
     blocks,
@@ -47,7 +48,7 @@ ANT_WORLD = slice(27, 33)  # contact forces on the world body: always 0, absent 
 
 class Robot(NamedTuple):
     env_id: str
-    partition: envs.Partition
+    partition: robots.Partition
     state_dim: int  # S, as Gymnasium's v5 shows it
     strength: np.ndarray  # (motors,) what 1 means to a motor
 
@@ -66,7 +67,7 @@ def robot(path: Path, env_id: str | None, found: str | None) -> Robot:
     env = gymnasium.make(f"{body}-v5")
     strength = env.action_space.high.astype(np.float32)
     env.close()
-    return Robot(name, envs.partition(name), spec.state_dim, strength)
+    return Robot(name, robots.partition(name), spec.state_dim, strength)
 
 
 def unstandardise(path: Path, key: str, first: int, x: np.ndarray) -> np.ndarray:

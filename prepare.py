@@ -19,6 +19,7 @@ import torch
 import collect
 import datasets
 import envs
+import starcraft
 from buffer import OfflineDataset, SyntheticBuffer
 from logo_wm import LogoWM
 from macql import Actor, Critic
@@ -109,7 +110,9 @@ def choose_simulator(args, data: OfflineDataset, facts: dict):
         if backend == "offline":
             return None, offline, why
     why = "as asked for" if args.backend != "auto" else why
-    slots = min(args.eval_episodes, envs.MOST_GAMES) if "smac" in backend else args.eval_episodes
+    slots = (
+        min(args.eval_episodes, starcraft.MOST_GAMES) if "smac" in backend else args.eval_episodes
+    )
     env = envs.make(args.env_id, slots, backend)
     needed = env.spec[2:6]
     if found != needed and args.backend == "auto" and facts.get("backend") != backend:
@@ -126,12 +129,14 @@ def choose_simulator(args, data: OfflineDataset, facts: dict):
 def best_backend(env_id: str, facts: dict) -> tuple[str, str]:
     """The simulator that plays what was recorded, or "offline", and why it was chosen."""
     recorded = facts.get("backend")
+    if recorded in ("smac", "smacv2") and not starcraft.starcraft_present():
+        return "offline", "StarCraft II, in which the data were recorded, is not installed"
     if recorded:
         return recorded, f"the data were recorded in {recorded}"
     natural = envs.natural_backend(env_id)
     if natural == "mamujoco":
         return natural, "it plays this robot"
-    if envs.starcraft_present():
+    if starcraft.starcraft_present():
         return "smac" if natural == "smax" else natural, "StarCraft II is installed"
     if natural == "smacv2" or env_id not in envs.known_ids():
         return "offline", f"StarCraft II is not installed, and nothing else plays {env_id}"

@@ -14,6 +14,7 @@ import scipy.stats
 import torch
 
 import envs
+import robots
 
 MAP, SLOTS = "3m", 8
 SIZES = {  # map: agents, observation, state, actions
@@ -91,7 +92,7 @@ def test_the_papers_maps_come_first_in_the_list_and_no_map_comes_twice():
 
 
 def test_listing_the_tasks_does_not_load_mujoco(monkeypatch):
-    monkeypatch.setattr(envs, "_import_mujoco", None)
+    monkeypatch.setattr(robots, "_import_mujoco", None)
     assert set(envs.PAPER_MUJOCO) < set(envs.known_ids())
 
 
@@ -284,7 +285,7 @@ ROBOTS = {  # task: agents, longest observation, state, longest action
     "HalfCheetah-2x3": (2, 12, 17, 3),
 }
 missing = importlib.util.find_spec("gymnasium_robotics") is None
-robots = pytest.mark.skipif(missing, reason="needs gymnasium-robotics and mujoco (README)")
+needs_robots = pytest.mark.skipif(missing, reason="needs gymnasium-robotics and mujoco (README)")
 
 
 def roll(env, seed: int, steps: int, scale: float = 1.0) -> list[envs.Step]:
@@ -300,10 +301,10 @@ def roll(env, seed: int, steps: int, scale: float = 1.0) -> list[envs.Step]:
 def theirs(env_id: str):
     """gymnasium-robotics' own environment of this task."""
     robot, _, division = env_id.partition("-")
-    return envs._import_mujoco()[1].parallel_env(robot, division)
+    return robots._import_mujoco()[1].parallel_env(robot, division)
 
 
-@robots
+@needs_robots
 @pytest.mark.parametrize("env_id", ROBOTS)
 def test_a_robots_task_has_its_sizes_and_its_interface(env_id):
     env = envs.make(env_id, num_envs=2)
@@ -319,7 +320,7 @@ def test_a_robots_task_has_its_sizes_and_its_interface(env_id):
         assert now.reward.shape == now.over.shape == (2,) and not now.won.any()
 
 
-@robots
+@needs_robots
 def test_robots_that_cannot_be_divided_so_are_refused():
     for env_id in ("Hopper-2x2", "HalfCheetah-3x2", "Ant"):
         with pytest.raises(
@@ -327,10 +328,10 @@ def test_robots_that_cannot_be_divided_so_are_refused():
         ):
             envs.make(env_id)
     with pytest.raises(ValueError, match="Unknown env_id 'Cat-2x2'.*robots are Hopper"):
-        envs.partition("Cat-2x2")
+        robots.partition("Cat-2x2")
 
 
-@robots
+@needs_robots
 def test_the_same_seed_gives_the_same_movement_and_another_seed_another():
     env = envs.make("Ant-2x4", num_envs=2)
     first, again = roll(env, 1, steps=20), roll(env, 1, steps=20)
@@ -340,7 +341,7 @@ def test_the_same_seed_gives_the_same_movement_and_another_seed_another():
     assert np.array_equal(env.reset().state, env.reset(seed=41).state)
 
 
-@robots
+@needs_robots
 def test_a_robot_does_not_depend_on_how_many_move_beside_it():
     three, five = (roll(envs.make("Hopper-3x1", e), 7, steps=30) for e in (3, 5))
     for a, b in zip(three, five, strict=True):
@@ -348,10 +349,10 @@ def test_a_robot_does_not_depend_on_how_many_move_beside_it():
             assert np.array_equal(getattr(a, name), getattr(b, name)[:3])
 
 
-@robots
+@needs_robots
 def test_a_slot_is_gymnasiums_robot():
     steps, k = roll(envs.make("Hopper-3x1", 3), 7, steps=200), 2
-    single = envs._import_mujoco()[0].make("Hopper-v5")
+    single = robots._import_mujoco()[0].make("Hopper-v5")
     seed = int(np.random.SeedSequence((7, k)).generate_state(1)[0])
     (state, _), rng = single.reset(seed=seed), np.random.default_rng(k)
     np.testing.assert_array_equal(steps[0].state[k], state.astype(np.float32))
@@ -362,7 +363,7 @@ def test_a_slot_is_gymnasiums_robot():
     assert fallen
 
 
-@robots
+@needs_robots
 def test_a_robots_time_limit_truncates_and_does_not_terminate():
     env = envs.make("HalfCheetah-6x1", num_envs=2)
     steps = roll(env, 1, steps=1001, scale=0.1)
@@ -374,7 +375,7 @@ def test_a_robots_time_limit_truncates_and_does_not_terminate():
     assert (last.reward == 0).all() and np.array_equal(last.state, steps[1000].state)
 
 
-@robots
+@needs_robots
 def test_a_fall_terminates_and_the_fallen_lie_still_while_others_hop():
     steps = roll(envs.make("Hopper-3x1", num_envs=4), 1, steps=200)
     ends = np.stack([s.terminated for s in steps])
@@ -388,10 +389,10 @@ def test_a_fall_terminates_and_the_fallen_lie_still_while_others_hop():
         assert (after.state[~done] != before.state[~done]).any(-1).all()
 
 
-@robots
+@needs_robots
 @pytest.mark.parametrize("env_id", ROBOTS)
 def test_every_agent_sees_a_part_of_the_state_and_together_they_see_all(env_id):
-    parts, size = envs.partition(env_id), ROBOTS[env_id][2]
+    parts, size = robots.partition(env_id), ROBOTS[env_id][2]
     seen = [set(row) - {size} for row in parts.obs_index]
     assert set.union(*seen) == set(range(size))
     state = np.random.default_rng(0).normal(size=size)
@@ -404,7 +405,7 @@ def test_every_agent_sees_a_part_of_the_state_and_together_they_see_all(env_id):
         assert not np.array_equal(parts.observe(state), parts.observe(other))
 
 
-@robots
+@needs_robots
 @pytest.mark.parametrize("env_id", ROBOTS)
 def test_observations_are_those_of_gymnasium_robotics(env_id):
     env, reference = envs.make(env_id), theirs(env_id)
@@ -435,7 +436,7 @@ def test_observations_are_those_of_gymnasium_robotics(env_id):
     reference.close()
 
 
-@robots
+@needs_robots
 @pytest.mark.parametrize("env_id", ROBOTS)
 def test_actions_reach_the_motors_that_gymnasium_robotics_names(env_id):
     env, reference = envs.make(env_id), theirs(env_id)
@@ -451,9 +452,9 @@ def test_actions_reach_the_motors_that_gymnasium_robotics_names(env_id):
     reference.close()
 
 
-@robots
+@needs_robots
 def test_split_and_join_undo_each_other_where_agents_have_unlike_many_motors():
-    parts = envs.partition("Humanoid-9|8")
+    parts = robots.partition("Humanoid-9|8")
     assert parts.action_index.shape == (2, 9) and parts.motors == 17
     joint = np.random.default_rng(0).normal(size=(5, 4, 17))
     split = parts.split(joint)
@@ -464,7 +465,7 @@ def test_split_and_join_undo_each_other_where_agents_have_unlike_many_motors():
     assert np.array_equal(parts.join(split), joint)
 
 
-@robots
+@needs_robots
 def test_actions_beyond_one_are_cut_and_scaled_by_the_motors_strength():
     pushed, full = (envs.make("HalfCheetah-2x3") for _ in range(2))
     for env in (pushed, full):
@@ -478,7 +479,7 @@ def test_actions_beyond_one_are_cut_and_scaled_by_the_motors_strength():
     assert np.allclose(humanoid._envs[0].unwrapped.data.ctrl, 0.4)
 
 
-@robots
+@needs_robots
 def test_evaluate_of_robots_has_returns_and_no_wins():
     env = envs.make("Hopper-3x1", num_envs=3)
     act = envs.random_policy(env.spec, seed=0)
@@ -489,7 +490,7 @@ def test_evaluate_of_robots_has_returns_and_no_wins():
     assert again == result
 
 
-@robots
+@needs_robots
 def test_a_picture_of_a_robot_must_be_asked_for_and_needs_opengl(monkeypatch):
     plain = envs.make("Hopper-3x1")
     plain.reset(seed=1)
@@ -507,7 +508,7 @@ def test_a_picture_of_a_robot_must_be_asked_for_and_needs_opengl(monkeypatch):
         env.render()
 
 
-@robots
+@needs_robots
 def test_a_robot_is_drawn_where_opengl_is():
     env = envs.make("HalfCheetah-6x1", render=True)
     env.reset(seed=1)

@@ -16,6 +16,7 @@ import torch
 
 import datasets
 import envs
+import robots
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("Hopper-3x1", "HalfCheetah-6x1", "Ant-2x4")
@@ -109,7 +110,7 @@ def load(path: Path, env_id: str | None = None):
 
 def assert_same_robot(data, episodes: list[Episode], env_id: str) -> None:
     """The dataset shows what the robot showed, divided as `envs` divides it."""
-    parts, row = envs.partition(env_id), 0
+    parts, row = robots.partition(env_id), 0
     for e in episodes:
         length = len(e["action"])
         batch = data.gather(torch.arange(row, row + length))

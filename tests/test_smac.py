@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import envs
+import starcraft
 
 SIZES = {  # map: agents, observation, state, actions, episode limit
     "2s3z": (5, 80, 120, 11, 120),
@@ -120,15 +121,15 @@ def install(monkeypatch, name: str) -> None:
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
     """Every test starts as a process does that has loaded neither package."""
-    envs._import_smac.cache_clear()
+    starcraft._import_smac.cache_clear()
     for name in ("smac.env", "smacv2.env"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield
-    envs._import_smac.cache_clear()
+    starcraft._import_smac.cache_clear()
 
 
 @pytest.fixture
-def starcraft(monkeypatch, tmp_path):
+def installed(monkeypatch, tmp_path):
     """A folder that looks like an installed game with two maps."""
     (tmp_path / "Versions" / "Base75689").mkdir(parents=True)
     (tmp_path / "Versions" / "Base75689" / "SC2_x64").touch()
@@ -140,7 +141,7 @@ def starcraft(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def smac(monkeypatch, starcraft):
+def smac(monkeypatch, installed):
     install(monkeypatch, "smac")
     monkeypatch.setattr(Game, "made", [])
     monkeypatch.setattr(Game, "breaks_at", None)
@@ -174,7 +175,7 @@ def test_the_settings_are_those_of_the_datasets(env):
     }  # fmt: skip
 
 
-def test_smacv2_plays_its_scenarios_with_its_own_armies(monkeypatch, starcraft):
+def test_smacv2_plays_its_scenarios_with_its_own_armies(monkeypatch, installed):
     install(monkeypatch, "smacv2")
     monkeypatch.setattr(Game, "made", [])
     env = envs.make("terran_10_vs_11", num_envs=2)  # `auto` knows them by their names
@@ -222,25 +223,28 @@ def test_the_two_packages_are_not_loaded_side_by_side(monkeypatch, smac):
 # -------------------------------------------------------------------------------- what is missing
 
 
-def test_a_missing_game_or_map_is_told_before_anything_starts(smac, starcraft, monkeypatch):
+def test_a_missing_game_or_map_is_told_before_anything_starts(smac, installed, monkeypatch):
     with pytest.raises(FileNotFoundError, match="2s3z.SC2Map is missing: copy the folder SMAC_Ma"):
         envs.make("2s3z", backend="smac")
-    (starcraft / "Versions" / "Base75689" / "SC2_x64").unlink()
+    (installed / "Versions" / "Base75689" / "SC2_x64").unlink()
     with pytest.raises(FileNotFoundError, match="StarCraft II is not in .*install it.*SC2PATH"):
         envs.make("3s_vs_5z", backend="smac")
     assert all(game.processes == 0 for game in Game.made)
 
 
-def test_starcraft_present_looks_where_pysc2_looks(starcraft, monkeypatch, tmp_path_factory):
-    assert envs.starcraft_present()
+def test_starcraft_present_looks_where_pysc2_looks(installed, monkeypatch, tmp_path_factory):
+    assert starcraft.starcraft_present()
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(sys, "platform", "linux")
     for unset in ("", None):
         monkeypatch.setenv("SC2PATH", unset) if unset is not None else monkeypatch.delenv("SC2PATH")
-        assert not envs.starcraft_present() and envs.starcraft_folder() == home / "StarCraftII"
+        assert (
+            not starcraft.starcraft_present()
+            and starcraft.starcraft_folder() == home / "StarCraftII"
+        )
     (home / "StarCraftII" / "Versions" / "Base1" / "SC2.app").mkdir(parents=True)
-    assert envs.starcraft_present()
+    assert starcraft.starcraft_present()
 
 
 def hide(monkeypatch, name: str) -> None:
@@ -421,7 +425,7 @@ def no_game(monkeypatch, tmp_path):
 @needs_smac
 @pytest.mark.parametrize("env_id", SIZES)
 def test_the_papers_maps_have_their_sizes_in_smac(no_game, env_id):
-    spec = envs.SmacEnv(env_id, 1, "smac", seed=0).spec
+    spec = starcraft.SmacEnv(env_id, 1, "smac", seed=0).spec
     sizes = (spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim, spec.episode_limit)
     assert sizes == SIZES[env_id] and (spec.backend, spec.discrete) == ("smac", True)
 
@@ -436,7 +440,7 @@ def test_smac_without_the_game_is_refused(no_game):
 
 @needs_smac
 def test_our_settings_are_smacs_defaults_but_for_the_time_limits_name(no_game):
-    ours = envs.SmacEnv("3s_vs_5z", 1, "smac", seed=3)._start(3)
+    ours = starcraft.SmacEnv("3s_vs_5z", 1, "smac", seed=3)._start(3)
     theirs = type(ours)(map_name="3s_vs_5z", seed=3)
     plain = (bool, int, float, str)
     differ = {k for k, v in vars(theirs).items() if isinstance(v, plain) and v != getattr(ours, k)}
@@ -447,7 +451,7 @@ def test_our_settings_are_smacs_defaults_but_for_the_time_limits_name(no_game):
 @pytest.mark.parametrize("race", ["protoss", "terran", "zerg"])
 def test_smacv2_knows_the_scenarios(no_game, monkeypatch, race):
     for allies, enemies in ((5, 5), (10, 11), (20, 23)):
-        env = envs.SmacEnv(f"{race}_{allies}_vs_{enemies}", 1, "smacv2", seed=0)
+        env = starcraft.SmacEnv(f"{race}_{allies}_vs_{enemies}", 1, "smacv2", seed=0)
         assert (env.spec.num_agents, env.spec.action_dim) == (allies, 6 + enemies)
         assert env.spec.episode_limit == 200 and env.map_file == "32x32_flat"
 
@@ -529,7 +533,7 @@ def stand_in(monkeypatch, game: type, allies: list[int], enemies: list[int]) -> 
         self.terrain_height = np.zeros((32, 32))
 
     monkeypatch.setattr(game, "_launch", launch)
-    monkeypatch.setattr(envs, "require_starcraft", lambda map_file: None)
+    monkeypatch.setattr(starcraft, "require_starcraft", lambda map_file: None)
     return broken
 
 
@@ -542,7 +546,7 @@ def shoot(now: envs.Step) -> np.ndarray:
 
 @needs_smac
 def test_smac_itself_plays_through_the_adapter(monkeypatch):
-    game, _ = envs._import_smac("smac")
+    game, _ = starcraft._import_smac("smac")
     broken = stand_in(monkeypatch, game, [1990] * 3, [73] * 5)
     env = envs.make("3s_vs_5z", num_envs=2, backend="smac")
     for _ in range(2):  # two battles of each game
@@ -568,7 +572,7 @@ def test_smac_itself_plays_through_the_adapter(monkeypatch):
 
 @needs_smac
 def test_smacs_time_limit_truncates_and_its_defeats_terminate(monkeypatch):
-    game, _ = envs._import_smac("smac")
+    game, _ = starcraft._import_smac("smac")
     stand_in(monkeypatch, game, [1990] * 3, [73] * 5)
     env = envs.make("3s_vs_5z", backend="smac")
     wait = np.eye(11, dtype=np.float32)
