@@ -33,7 +33,7 @@ def check(args) -> None:
         ValueError: one sentence: which flag, what is wrong with it, what would do.
     """
     shares = ("synthetic_fraction", "gamma", "tau", "average", "epsilon", "holdout")
-    may_be_zero = ("seed", "data_seed", "threads", "retain", "critic_warm_up")
+    may_be_zero = ("seed", "data_seed", "threads", "retain")
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} is {value}"
         if name in shares and not 0 <= value <= 1:

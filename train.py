@@ -139,8 +139,6 @@ class Args:
     """D8: rows of the Bellman error; Eq. (10) prints real, Algorithm 1 both [Alg. 1]"""
     warm_start: bool = True
     """D18: start the policy from the clone; the paper's letter: from nothing [ours]"""
-    critic_warm_up: int = 0
-    """first policy updates in which only the critic learns, while the clone acts [ours]"""
     bc_lambda: float = 0.3
     """D17: lambda, weight of behaviour cloning in Eq. (12); the paper's letter: 1 [ours]"""
     bc_on: Literal["real", "both"] = "real"
@@ -169,7 +167,7 @@ class Args:
 
 # Where actions are continuous, these are the defaults; chosen on other seeds than those reported
 CONTINUOUS = {
-    "episodes": 200, "conservative": "expectation", "normalise_q": True, "bc_lambda": 1.0,
+    "episodes": 200, "conservative": "expectation", "normalise_q": True, "bc_lambda": 0.6,
     "updates": 5_000, "eval_episodes": 20,
 }  # fmt: skip
 
@@ -265,8 +263,7 @@ def phases_2_and_3_policy(run: Run, log: Log) -> None:
             descend(run.optimizers["critic"], loss)
             soft_update(run.critic_target, run.critic, args.tau)  # Deviation D19
             metrics |= {f"q_{name}": value for name, value in parts.items()}
-        step_size = args.lr if k >= args.critic_warm_up else 0.0
-        set_lr(run.optimizers["actor"], step_size, k, args.updates, args.lr_decay)
+        set_lr(run.optimizers["actor"], args.lr, k, args.updates, args.lr_decay)
         critic = run.critic if args.critic == "cql" else None
         loss, parts = policy_loss(  # Deviation D17: lambda
             run.actor, critic, batch, is_real, args.bc_lambda, args.normalise_q, args.bc_on,
