@@ -233,7 +233,9 @@ def train_behaviour(args) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
         told = {"return": f"{returns.mean():.1f}", "won": f"{won.mean():.0%}"}
         bar.set_postfix(told | ({"weakened": f"{weakened:.2f}"} if weakened else {}))
         if won.mean() > 0.5:
-            weakened = max(0.0, round(weakened - 0.01, 6))
+            weakened -= 0.01
+        left = max(0.0, 1 - steps / (0.8 * args.total_steps))
+        weakened = max(0.0, min(weakened, left * args.weakened))
     bar.close()
     return np.array(curve), snapshots
 
