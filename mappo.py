@@ -210,7 +210,7 @@ def train_behaviour(args) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
         logs = [{k: None if v is None else torch.as_tensor(v, dtype=torch.float32)
                  for k, v in r.items()} for r in rounds]  # fmt: skip
         for log in logs:
-            of_state.add(torch.cat([log["state"][:-1][log["filled"].bool()]]))
+            of_state.add(log["state"][:-1][log["filled"].bool()])
             if not spec.discrete:
                 of_obs.add(log["obs"][:-1][log["filled"].bool()])
                 of_return.add(discounted(log["reward"], args.gamma)[log["filled"].bool()])

@@ -99,7 +99,7 @@ def _import_smac(package: str) -> tuple:
             f"{package} cannot be loaded beside {other}: both register maps of the same names in "
             "PySC2, which then starts neither. Play the two in separate processes."
         )
-    where = f"pip install git+https://github.com/oxwhirl/{package}.git (README, StarCraft II)"
+    where = f"pip install git+https://github.com/oxwhirl/{package}.git (README, The real game)"
     found = importlib.util.find_spec(package)
     if found is not None and importlib.util.find_spec(f"{package}.env") is None:
         raise ImportError(
