@@ -9,7 +9,7 @@ agents, one critic on the global state, PPO's clipped objective. Snapshots are k
 the four qualities of the public benchmarks follow from them [CFCQL, OMIGA; README, Data]:
 
   medium         episodes of the snapshot that wins half as often as the expert
-                 (where nobody wins anything: whose return is half the expert's)
+                 (robots: whose return comes nearest to the public medium data's)
   medium-replay  episodes of snapshots spread evenly up to medium, in equal parts
   expert         episodes of the final policy
   mixed          medium and expert, in equal parts
@@ -61,7 +61,7 @@ class Args:
     """Train a behaviour policy, or record a dataset with a trained one."""
 
     env_id: str = "3s_vs_5z"
-    """map to play"""
+    """task: a SMAX map, or a robot and its division"""
     record: Quality | None = None
     """record this dataset with the shipped policy instead of training one"""
     list: bool = False
@@ -168,7 +168,9 @@ def record(env_id: str, quality: Quality, episodes: int, seed: int, path: Path) 
     """Play `episodes` episodes and write them to `path` in the public episode layout."""
     spec = envs.make(env_id).spec
     cast = players(load_behaviour(env_id, spec), quality)
-    share = -(-episodes // len(cast))  # episodes of each player
+    if episodes < len(cast):
+        raise ValueError(f"{episodes} episodes: {quality} is played by {len(cast)} policies.")
+    share = -(-episodes // len(cast))  # episodes of each player, the first ones' if not alike
     env = envs.make(env_id, num_envs=min(share, 200))
     rounds = -(-share // env.num_envs)  # whole rounds are played, the surplus is dropped
     generator, parts = torch.Generator().manual_seed(seed), []
@@ -180,8 +182,9 @@ def record(env_id: str, quality: Quality, episodes: int, seed: int, path: Path) 
                 played.append(play(env, actor, generator, start))
                 bar.update()
             joined = datasets.join_rounds(played, spec.episode_limit)
-            parts.append({key: x[:share] for key, x in joined.items()})
-    arrays = {key: np.concatenate([part[key] for part in parts])[:episodes] for key in parts[0]}
+            mine = episodes // len(cast) + (k < episodes % len(cast))
+            parts.append({key: x[:mine] for key, x in joined.items()})
+    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     about = {"env_id": env_id, "backend": spec.backend, "quality": quality, "seed": seed}
     datasets.save_episodes(path, arrays, about)
 
@@ -247,7 +250,23 @@ def save_behaviour(path: Path, arrays: dict[str, np.ndarray]) -> None:
     datasets.write_atomic(path, buffer.getvalue())
 
 
+def check(args: Args) -> None:
+    """Refuse what cannot work before any work is done; a ValueError names the flag."""
+    for name in ("episodes", "num_envs", "total_steps", "hidden", "epochs", "minibatches", "rows"):
+        if getattr(args, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}: give 1 or more."
+            )
+    if not 0 <= args.weakened <= 1:
+        raise ValueError(f"--weakened is {args.weakened}: give 0 to 1.")
+    if envs.natural_backend(args.env_id) == "smacv2":
+        raise ValueError(f"{args.env_id}: policies are trained in SMAX and MuJoCo only.")
+    if envs.is_robot(args.env_id) and (args.units or args.weakened):
+        raise ValueError(f"--units and --weakened are of battles, {args.env_id} is a robot.")
+
+
 def main(args: Args) -> None:
+    check(args)
     started = time.time()
     if args.list:
         print(list_cells(args.seed))

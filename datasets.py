@@ -1,7 +1,7 @@
 """Files of recorded episodes: writing, checking, and reading them into an `OfflineDataset`.
 
   python datasets.py info PATH                           what is in it, in any format
-  python datasets.py convert PATH OUT.h5 [--env-id ID]   any format -> the layout below
+  python datasets.py convert PATH OUT.h5 [--env-id ID]   any format -> episodes.py's layout
   python datasets.py download [NAME] [--out DIR]         a public Vault; no NAME: a list
 
 Which format a path holds is seen from its content, not from its name:
@@ -19,6 +19,7 @@ Sizes: E episodes, N agents, O observation, S state, A actions.
 """
 
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -112,6 +113,7 @@ def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarr
 
 def recognise(path: Path) -> tuple[Path, str]:
     """The file to open and its format, from what is in it."""
+    path = Path(os.path.abspath(path))  # "." has no name
     part = path.with_name(f"{path.name}.part")
     if path.suffix == ".part" or (not path.exists() and part.exists()):
         raise ValueError(f"{path}: a half-finished download; the same download again finishes it.")
@@ -214,7 +216,7 @@ def describe(path: Path, env_id: str | None = None) -> str:
 
 
 def convert(path: Path, out: Path, env_id: str | None = None) -> None:
-    """Write what `path` holds, in any format, in the layout above."""
+    """Write what `path` holds, in any format, in the layout of episodes.py."""
     columns, lengths, facts = read_episodes(path, env_id)
     discrete = columns["avail"] is not None
     valid = np.ones((len(columns["reward"]), 1))

@@ -64,7 +64,7 @@ def join_rounds(rounds: list[dict[str, np.ndarray]], limit: int) -> dict[str, np
     """Time-major rounds of parallel episodes -> the episode-major arrays of a file.
 
     Args:
-        rounds: as `collect.play` returns them; each has its own T <= limit.
+        rounds: as `mappo.play` returns them; each has its own T <= limit.
         limit: episode limit that all episodes are padded to.
     """
     parts = []
@@ -153,7 +153,7 @@ class Padded:
 
 
 def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarray, dict]:
-    """Padded episodes in HDF5 (see datasets.py); without avail_actions the actions are numbers."""
+    """Padded episodes in HDF5 (see the top); without avail_actions the actions are numbers."""
     keys, width = check_episode_keys(path, f)
     discrete = "avail_actions" in keys
     filled = f["filled"][:].reshape(f["filled"].shape[:2]) != 0  # (E,T+1)
@@ -231,7 +231,7 @@ def check_episode_keys(path: Path, f) -> tuple[list[str], dict[str, tuple]]:
         numbers(path, k, f[k])
     shapes = {k: f[k].shape for k in keys}
     if bad := [k for k in keys if len(shapes[k]) != (4 if k in AGENT_KEYS else 3)]:
-        raise ValueError(f"{path}: key {bad[0]} has shape {shapes[bad[0]]}: see datasets.py.")
+        raise ValueError(f"{path}: key {bad[0]} has shape {shapes[bad[0]]}: see episodes.py.")
     if len({s[:2] for s in shapes.values()}) != 1:
         raise ValueError(f"{path}: episodes and rows differ between keys: {shapes}.")
     if len({shapes[k][2] for k in AGENT_KEYS if k in shapes}) != 1:

@@ -2,7 +2,7 @@
 
   read_vault        OG-MARL's Vault: a folder scenario.vlt/UID; needs tensorstore, not JAX
   read_minari       Minari's HDF5: joint (one robot, divided here) or divided among agents already
-  omiga.read_omiga  OMIGA's HDF5 (datasets.read_episode_file: pymarl's and our own)
+  omiga.read_omiga  OMIGA's HDF5 (episodes.read_episode_file: pymarl's, our own)
 
 Each returns (columns, lengths, facts): what `OfflineDataset` takes, all episodes end to end, L+1
 rows for an episode of L transitions.

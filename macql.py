@@ -294,6 +294,7 @@ def policy_loss(
     if critic is not None:
         value = critic(batch.obs, batch.state, pi).mean(0)  # (B,)
         if normalise_q:
+            # Deviation D21: lambda then weighs alike, whatever the scale of the rewards
             value = value / value.detach().abs().mean().clamp(min=1e-6)
     assert value.shape == distance.shape == (size,)
     cloning = (distance * (real if bc_on == "real" else 1.0)).mean()  # Deviation D9

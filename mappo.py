@@ -211,8 +211,9 @@ def train_behaviour(args) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
                  for k, v in r.items()} for r in rounds]  # fmt: skip
         for log in logs:
             of_state.add(log["state"][:-1][log["filled"].bool()])
-            if not spec.discrete:
+            if not spec.discrete and not curve:
                 of_obs.add(log["obs"][:-1][log["filled"].bool()])
+            if not spec.discrete:
                 of_return.add(discounted(log["reward"], args.gamma)[log["filled"].bool()])
         if not spec.discrete and not curve:  # later the observations' scale stays as it is
             player.obs_mean.copy_(of_obs.mean)

@@ -138,8 +138,9 @@ def rollout_sanity(
 def offline_measures(run: Run) -> dict[str, float]:
     """What can be said of the policy without playing: on held-out rows, beside the clone.
 
-    action_agreement, clone_agreement: share of the agents' actions that equal the recorded ones;
-        where actions are continuous action_mse, clone_mse: squared distance to them, per agent.
+    action_agreement, clone_agreement: share of the agents' actions that equal the recorded ones,
+        where they had a choice (the dead have none); where actions are continuous action_mse,
+        clone_mse: squared distance to them, per agent.
     value_policy, value_data: the critic's mean value of the policy's and of the recorded actions.
     return_to_go: what the recording paid from the same rows to the end, discounted alike.
     """
@@ -148,7 +149,9 @@ def offline_measures(run: Run) -> dict[str, float]:
     for who, actor in (("action", run.averaged), ("clone", run.clone)):
         taken = actor.greedy(b.obs, b.avail)
         if run.spec.discrete:
-            measures[f"{who}_agreement"] = (taken * b.actions).sum(-1).mean().item()
+            had_choice = b.avail.sum(-1) > 1  # (B,N)
+            same = (taken * b.actions).sum(-1)[had_choice]
+            measures[f"{who}_agreement"] = same.mean().item()
         else:
             measures[f"{who}_mse"] = (taken - b.actions).square().sum(-1).mean().item()
     if run.args.critic == "cql":

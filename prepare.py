@@ -25,6 +25,8 @@ from logo_wm import LogoWM
 from macql import Actor, Critic
 from run import Run
 
+GAMES = 4  # of StarCraft II side by side, each with a gigabyte of memory
+
 
 def check(args) -> None:
     """Refuse what cannot work before any work is done.
@@ -56,10 +58,14 @@ def check(args) -> None:
         raise ValueError("--device cuda: torch finds no GPU here; give --device cpu or auto.")
     if args.critic == "none" and args.synthetic_fraction > 0:
         raise ValueError("--critic none clones real data: it needs --synthetic-fraction 0.")
-    if args.backend in ("smac", "smacv2") and args.dataset is None:
+    natural = envs.natural_backend(args.env_id)
+    backend = natural if args.backend == "auto" else args.backend
+    if backend != natural and (backend, natural) != ("smac", "smax"):
+        raise ValueError(f"--backend {backend} cannot play {args.env_id}: {envs.PLAYS[backend]}.")
+    if backend in ("smac", "smacv2") and args.dataset is None:
         raise ValueError(
-            f"--backend {args.backend} needs --dataset FILE, of StarCraft II (README, Data); "
-            "what we record is SMAX's."
+            f"{args.env_id} on {backend} needs --dataset FILE, of StarCraft II (README, Data); "
+            "what we record is SMAX's and MuJoCo's."
         )
     if args.checkpoint_every % args.log_every:
         raise ValueError("--checkpoint-every must be a multiple of --log-every.")
@@ -97,49 +103,50 @@ def choose_simulator(args, data: OfflineDataset, facts: dict):
     """(environment or None, its Spec, why) for this data; see the module's docstring.
 
     Raises:
-        ValueError: the data are of another task, or do not fit the backend that was asked for.
-        ImportError, OSError: that backend is not installed.
+        ValueError: the data do not fit the backend that was asked for.
+        ImportError, OSError: the backend that was asked for is not installed.
     """
-    path, backend = facts["path"], args.backend
-    discrete = data.avail is not None
+    sizes = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])  # N, O, S, A
     limit = int(data.lengths.max())
-    found = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])
-    offline = envs.Spec(args.env_id, "offline", *found, discrete, limit)
-    if backend == "auto":
-        backend, why = best_backend(args.env_id, facts)
+    offline = envs.Spec(args.env_id, "offline", *sizes, data.avail is not None, limit)
+    chosen = args.backend != "auto"
+    try:
+        backend, why = (args.backend, "as asked for") if chosen else best_backend(args, facts)
         if backend == "offline":
             return None, offline, why
-    why = "as asked for" if args.backend != "auto" else why
-    slots = (
-        min(args.eval_episodes, starcraft.MOST_GAMES) if "smac" in backend else args.eval_episodes
-    )
-    env = envs.make(args.env_id, slots, backend)
-    needed = env.spec[2:6]
-    if found != needed and args.backend == "auto" and facts.get("backend") != backend:
-        why = f"{why}, and {backend} shows (N, O, S, A) = {needed}, the data {found}"
-        return None, offline, why
-    if found != needed:
+        slots = args.eval_episodes
+        if backend in ("smac", "smacv2"):
+            slots = min(slots, GAMES)
+        env = envs.make(args.env_id, slots, backend)
+    except (ImportError, OSError) as e:
+        if chosen:
+            raise
+        return None, offline, str(e)
+    shown = env.spec[2:6]
+    if sizes == shown:
+        return env, env.spec, why
+    if chosen or facts.get("backend") == backend:
         raise ValueError(
-            f"{path}: agents, observation, state and actions are {found}, but {args.env_id} on "
-            f"{backend} has {needed}; give the --env-id and --backend of the recording."
+            f"{facts['path']}: agents, observation, state and actions are {sizes}, but "
+            f"{args.env_id} on {backend} has {shown}; give the --env-id and --backend of the "
+            "recording."
         )
-    return env, env.spec, why
+    return None, offline, f"{why}, and {backend} shows (N, O, S, A) = {shown}, the data {sizes}"
 
 
-def best_backend(env_id: str, facts: dict) -> tuple[str, str]:
+def best_backend(args, facts: dict) -> tuple[str, str]:
     """The simulator that plays what was recorded, or "offline", and why it was chosen."""
-    recorded = facts.get("backend")
+    recorded, natural = facts.get("backend"), envs.natural_backend(args.env_id)
     if recorded in ("smac", "smacv2") and not starcraft.starcraft_present():
         return "offline", "StarCraft II, in which the data were recorded, is not installed"
-    if recorded:
+    if recorded in envs.PLAYS:
         return recorded, f"the data were recorded in {recorded}"
-    natural = envs.natural_backend(env_id)
     if natural == "mamujoco":
         return natural, "it plays this robot"
     if starcraft.starcraft_present():
         return "smac" if natural == "smax" else natural, "StarCraft II is installed"
-    if natural == "smacv2" or env_id not in envs.known_ids():
-        return "offline", f"StarCraft II is not installed, and nothing else plays {env_id}"
+    if natural == "smacv2" or args.env_id not in envs.known_ids():
+        return "offline", f"StarCraft II is not installed, and nothing else plays {args.env_id}"
     return natural, "StarCraft II is not installed"
 
 
@@ -153,7 +160,7 @@ def prepare(args) -> tuple[OfflineDataset, dict, object, envs.Spec]:
     path = args.dataset or collect.load_or_record(
         args.env_id, args.quality, args.episodes, args.data_seed
     )
-    path = Path(os.path.relpath(path))  # results name no folder of this machine
+    path = Path(os.path.relpath(path))  # results are shared: no folders above this one
     data, facts = datasets.load_dataset(path, args.holdout, args.data_seed, device, args.env_id)
     env, spec, why = choose_simulator(args, data, facts)
     print(

@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,14 @@ def pooled(evaluations: list[dict]) -> dict | None:
     }
 
 
+def installed(package: str) -> str | None:
+    """Its version; None where it is not installed: no run needs all simulators."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def finish(run: Run, method: str, commit: str) -> dict:
     """Measure, write final.json and run.png, print the closing table; returns the JSON."""
     last = run.evaluations[-run.args.final_evals :]
@@ -65,7 +73,7 @@ def finish(run: Run, method: str, commit: str) -> dict:
         "args": plain(run.args),
         "method": method,
         "commit": commit,
-        "versions": {k: version(k) for k in ("torch", "numpy", "jaxmarl", "jax", "mujoco")}
+        "versions": {k: installed(k) for k in ("torch", "numpy", "jaxmarl", "jax", "mujoco")}
         | {"python": platform.python_version()},
         "device": device,
         "backend": run.spec.backend,
@@ -101,7 +109,8 @@ def table(final: dict, folder) -> str:
         return f"{who:24}{mean:8.2f}{ci95:9.2f}" + ("" if won is None else f"{won:7.0%}")
 
     spread = 1.96 * data["return_std"] / data["episodes"] ** 0.5
-    won = "    won" if data.get("win_rate") is not None else ""
+    known = [data.get("win_rate"), score and score["win_rate"]]
+    won = "" if known == [None, None] else "    won"
     lines = [
         f"\n{'':24}{'return':>8}{'95 % +-':>9}{won}",
         row(f"data ({data.get('quality', 'given file')})", data["return_mean"], spread,
@@ -165,13 +174,15 @@ def draw(run, final: dict) -> None:
 def compare(paths: list[Path]) -> str:
     """A markdown table of finished runs: one row a setting, mean and 95 % interval over its seeds.
 
-    Runs whose names differ only in -seedN are of one setting.
+    Runs of one backend and method whose names differ only in -seedN are of one setting.
     """
-    groups: dict[str, list[dict]] = {}
+    groups: dict[tuple, list[dict]] = {}
     for path in paths:
         file = path / "final.json" if path.is_dir() else path
         name = path.name if path.is_dir() else path.stem
-        groups.setdefault(re.sub(r"-seed\d+$", "", name), []).append(json.loads(file.read_text()))
+        run = json.loads(file.read_text())
+        setting = (re.sub(r"-seed\d+$", "", name), run["backend"], run["method"])
+        groups.setdefault(setting, []).append(run)
 
     def over_seeds(values: list[float], digits: int = 2) -> str:
         mean = f"{np.mean(values):.{digits}f}"
@@ -186,9 +197,9 @@ def compare(paths: list[Path]) -> str:
         "| setting | seeds | return | won | clone's return | data's return | battles a seed |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, runs in groups.items():
+    for (name, *_), runs in groups.items():
         data = np.mean([r["dataset"]["return_mean"] for r in runs])
-        if not runs[0]["eval"]:
+        if not all(r["eval"] for r in runs):
             lines.append(f"| {name} | {len(runs)} | not played | | | {data:.2f} | 0 |")
             continue
         ours, clone = ([r[part]["return_mean"] for r in runs] for part in ("eval", "clone"))
@@ -204,8 +215,8 @@ def compare(paths: list[Path]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     keys = "state_mse direct_state_mse persistence_state_mse reward_mse direct_reward_mse"
-    for name, runs in groups.items():
-        if runs[0]["world_model"]:
+    for (name, *_), runs in groups.items():
+        if all(r["world_model"] for r in runs):
             cells = [
                 over_seeds([r["world_model"][k] for r in runs], 4 if "state" in k else 3)
                 for k in keys.split()

@@ -1,4 +1,4 @@
-"""Flat recordings, read in blocks and cut into episodes: what the readers of formats.py share.
+"""Flat recordings, read in blocks and cut into episodes: what all readers share.
 
 A reader allocates the float32 arrays that training needs and fills them key by key, a few megabytes
 at a time, so that it never holds a second copy of the data.

@@ -8,7 +8,7 @@ The story is Algorithm 1 of the paper: clone the data's policy (the baseline to 
 world model (Phase 1), then in turn imagine battles (Phase 2) and improve the policy on half real,
 half imagined data (Phase 3). The run's folder receives metrics.csv, TensorBoard events, a
 checkpoint, and at the end run.png and final.json. Equations stand in logo_wm.py, macql.py and
-buffer.py; what is not the method (checkpoints, logs, measures) in run.py and report.py.
+buffer.py; what is not the method in prepare.py, run.py, measures.py and report.py.
 """
 
 import copy
@@ -40,11 +40,11 @@ class Args:
     env_id: str = "3s_vs_5z"
     """task: a SMAC map by its name, or a robot and its division, as HalfCheetah-6x1 [Sec. 5]"""
     quality: collect.Quality = "medium"
-    """who played the recorded data [Sec. 5]"""
+    """who plays the data that are recorded; a --dataset says itself [Sec. 5]"""
     dataset: Path | None = None
     """file of recorded episodes, instead of recording them at first use [ours]"""
     episodes: int = 600
-    """episodes to record where no dataset is given [ours]"""
+    """episodes to record, where there is no --dataset [ours]"""
     holdout: float = 0.05
     """share of the episodes kept from training, to test the world model on [OfflineRL-Kit]"""
     backend: Literal["auto", "smax", "smac", "smacv2", "mamujoco"] = "auto"
@@ -144,7 +144,7 @@ class Args:
     bc_on: Literal["real", "both"] = "real"
     """D9: rows that are cloned; the paper's letter: both [Eq. 12]"""
     normalise_q: bool = False
-    """divide the value in Eq. (12) by its mean magnitude [TD3+BC]"""
+    """D21: divide the value in Eq. (12) by its mean magnitude; the paper's letter: no [TD3+BC]"""
 
     # Evaluation and bookkeeping
     eval_every: int = 500
@@ -167,8 +167,8 @@ class Args:
 
 # Where actions are continuous, these are the defaults; chosen on other seeds than those reported
 CONTINUOUS = {
-    "episodes": 200, "conservative": "expectation", "normalise_q": True, "bc_lambda": 0.6,
-    "updates": 5_000, "eval_episodes": 20,
+    "episodes": collect.ROBOT["episodes"], "eval_episodes": 20, "updates": 5_000,
+    "conservative": "expectation", "normalise_q": True, "bc_lambda": 0.6,
 }  # fmt: skip
 
 
@@ -294,7 +294,9 @@ def main(args: Args) -> dict:
     datasets.write_atomic(probe, b"")
     probe.unlink()
     data, facts, env, spec = prepare(args)
-    source = args.dataset.stem if args.dataset else args.quality
+    source = args.quality
+    if args.dataset:  # many public files have the same name
+        source = f"{args.dataset.resolve().stem}-{facts['sha256'][:6]}"
     name = f"{args.env_id}-{source}-{spec.backend}-{method(args)}-seed{args.seed}"
     folder = args.out or Path("runs") / name
     print(f"run {folder}")

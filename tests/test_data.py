@@ -25,7 +25,7 @@ N, O, S, A, LIMIT = 2, 3, 4, 5, 6  # noqa: E741
 
 
 def make_log(lengths: list[int], seed: int) -> dict[str, np.ndarray]:
-    """One round as `collect.play` returns it: parallel episodes that last so many steps."""
+    """One round as `mappo.play` returns it: parallel episodes that last so many steps."""
     rng, slots, steps = np.random.default_rng(seed), len(lengths), max(lengths)
     t = np.arange(steps)[:, None]
     avail = rng.random((steps + 1, slots, N, A)) < 0.5
