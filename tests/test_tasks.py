@@ -48,7 +48,8 @@ def starcraft_run(tmp_path_factory):
         pytest.skip("the public recording of StarCraft II's 3m does not lie beside the project")
     out = tmp_path_factory.mktemp("starcraft") / "run"
     flags = ["--env-id", "3m", "--dataset", str(STARCRAFT), "--out", str(out)]
-    return train.cli([*TINY, *flags, "--updates", "60", "--wm-updates", "60"]), out
+    enough = "--updates 20 --wm-updates 200 --wm-hidden 64 --wm-batch-size 64 --wm-lr 0.003"
+    return train.cli([*TINY, *flags, *enough.split()]), out
 
 
 def test_real_starcraft_data_train_without_the_game(starcraft_run):
