@@ -181,7 +181,7 @@ def compare(paths: list[Path]) -> str:
         file = path / "final.json" if path.is_dir() else path
         name = path.name if path.is_dir() else path.stem
         run = json.loads(file.read_text())
-        setting = (re.sub(r"-seed\d+$", "", name), run["backend"], run["method"])
+        setting = (re.sub(r"-seed\d+$", "", name), run["backend"], run.get("method"))
         groups.setdefault(setting, []).append(run)
 
     def over_seeds(values: list[float], digits: int = 2) -> str:
