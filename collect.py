@@ -46,12 +46,13 @@ CACHE = Path(__file__).parent / "data"
 PUBLIC_MEDIUM = {"Hopper-3x1": 724.0, "Ant-2x4": 1419.0, "HalfCheetah-6x1": 1426.0}
 ROBOT = {"episodes": 200, "num_envs": 8, "rows": 8_000, "total_steps": 3_000_000, "hidden": 64,
          "lr": 5e-4, "clip": 0.2, "entropy": 0.0, "epochs": 10, "minibatches": 16}  # fmt: skip
-HARD = {"units": True, "hidden": 64, "weakened": 1.0, "entropy": 3e-3, "total_steps": 6_000_000}
+HARD = {"units": True, "hidden": 64, "entropy": 3e-3}
 # Where the flags' defaults are not what the shipped policy was trained with
 RECIPES = {
     "2s3z": {"total_steps": 2_000_000},
     "6h_vs_8z": {"total_steps": 1_500_000},
-    **dict.fromkeys(("5m_vs_6m", "3s5z_vs_3s6z"), HARD),
+    "5m_vs_6m": HARD | {"weakened": 1.0, "total_steps": 6_000_000},
+    "3s5z_vs_3s6z": HARD | {"weakened": 0.7, "total_steps": 1_500_000},
     **dict.fromkeys(envs.PAPER_MUJOCO, ROBOT),
 }
 

@@ -70,7 +70,11 @@ def test_the_quickstart_is_the_two_promised_commands():
 
 
 def test_no_placeholder_is_left_in_the_readme():
-    assert not re.findall(r"@[A-Z]+@|TODO|TBD", README)
+    assert not re.findall(r"@[A-Z0-9]+@|TODO|TBD", README)
+    for name in ("results", "cells", "behaviour", "3m"):
+        assert re.search(rf"<!-- {name} -->\s*\S.*?<!-- /{name} -->", README, re.S), name
+    for picture in re.findall(r"\]\((results/[^)]+)\)", README):
+        assert (ROOT / picture).exists(), picture
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
