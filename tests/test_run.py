@@ -133,7 +133,8 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def test_every_flag_that_branches_runs_and_has_an_effect(go, tmp_path):
+def test_every_flag_that_branches_runs_and_has_an_effect(go, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.report, "draw", lambda run, final: None)  # takes a second each
     go(out="plain")
     plain, results = weights(tmp_path / "plain"), {}
     for i, flags in enumerate(FLAGS):

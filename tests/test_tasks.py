@@ -24,8 +24,9 @@ PLAYERS = {"medium": 1, "medium-replay": 5, "expert": 1, "mixed": 2}
 
 
 @pytest.mark.parametrize("env_id", envs.PAPER_SMAC + envs.PAPER_MUJOCO)
-def test_one_update_of_every_quality(env_id, tmp_path):
+def test_one_update_of_every_quality(env_id, tmp_path, monkeypatch):
     """4 qualities of each of the 8 tasks: recorded with the shipped policies, trained, played."""
+    monkeypatch.setattr(train.report, "draw", lambda run, final: None)  # takes a second each
     returns = {}
     for quality, players in PLAYERS.items():
         path = tmp_path / f"{quality}.h5"
