@@ -99,8 +99,8 @@ class Args:
     iteration that wins half its battles, and to 0 in four fifths of the training anyhow; medium and
     expert are policies of the whole game. Maps that nobody wins by chance are learnt like this"""
     units: bool = False
-    """see the observation unit by unit, with shared weights: needs a fifth of the battles where
-    many alike fight many (SMAX only)"""
+    """see the observation unit by unit, with shared weights: learns faster where many alike fight
+    many (SMAX only)"""
     rows: int = 1
     """environment steps between two PPO updates, at least; whole rounds of episodes are played"""
 
@@ -237,7 +237,7 @@ def draw_curves(path: Path) -> None:
         column = 1 if envs.is_robot(env_id) else 2
         millions, score = curve[:, 0] / 1e6, curve[:, column]
         ax.plot(millions, score, lw=0.7)
-        ax.plot(kept / 1e6, np.interp(kept, curve[:, 0], score), "k.", label="kept")
+        ax.plot(kept / 1e6, np.interp(kept, curve[:, 0], score), "k.")
         ax.set(title=env_id, ylabel=("", "return", "battles won")[column])
     figure.supxlabel("environment steps (millions); dots: the snapshots that play the datasets")
     memory = io.BytesIO()
