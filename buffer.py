@@ -3,11 +3,12 @@
   OfflineDataset   D:   recorded episodes, drawn uniformly; some episodes are held out for testing
   SyntheticBuffer  D_m: the latest collections of imagined rollouts, drawn with Eq. (7):
                         w = softmax(P_u),  P_u = clip(C - u, [0, C]),  u = the model's doubt
-  mix              one training batch out of both (Algorithm 1, lines 24-29)
+  mix, toss        one training batch out of both (Algorithm 1, lines 24-29)
 
 Both keep each observation once: a row's successor is another row. Drawing from D_m
 costs one binary search a row in the cumulative weights, which are summed once per collection;
-`torch.multinomial` would sum them at every draw, and takes at most 2^24 rows.
+`torch.multinomial` would sum them at every draw, and takes at most 2^24 rows. `sample` is `draw`,
+which is random, and `gather`, which computes: training calls them apart.
 
 Sizes: B batch, N agents, O observation, S state, A action (one-hot if discrete), H horizon,
        R rows of D with each episode's last observation, M rollouts a collection, C the paper's cap.
@@ -16,6 +17,7 @@ Sizes: B batch, N agents, O observation, S state, A action (one-hot if discrete)
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 
 
 class Batch(NamedTuple):
@@ -85,6 +87,12 @@ class OfflineDataset:
         self.held_out = transitions(order[:cut].sort().values)  # row numbers
         self.train = transitions(order[cut:].sort().values)
 
+    def draw(self, size: int, generator: torch.Generator) -> torch.Tensor:
+        """Rows (B,): uniform over the training transitions, with replacement."""
+        device = self.train.device
+        pick = torch.randint(len(self.train), (size,), generator=generator, device=device)
+        return self.train[pick]
+
     def gather(self, rows: torch.Tensor) -> Batch:
         """The transitions that start in these rows (B,)."""
         columns = (self.obs, self.state, self.actions, self.avail, self.reward, self.terminated)
@@ -92,9 +100,7 @@ class OfflineDataset:
 
     def sample(self, size: int, generator: torch.Generator) -> Batch:
         """Uniform over the training transitions, with replacement."""
-        device = self.train.device
-        pick = torch.randint(len(self.train), (size,), generator=generator, device=device)
-        return self.gather(self.train[pick])
+        return self.gather(self.draw(size, generator))
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Mean, standard deviation, minimum and maximum of o (N,O), s (S,) and r () in D."""
@@ -110,41 +116,44 @@ class OfflineDataset:
         return result
 
 
-class SyntheticBuffer:
+class SyntheticBuffer(nn.Module):
     """D_m: a ring of the latest `retain` collections of M rollouts over H steps.
 
-    Everything is allocated once, on `device`; `add` overwrites the oldest collection.
+    Everything is allocated once, on `device`; `add` overwrites the oldest collection. A module only
+    in that it owns tensors.
     """
 
     def __init__(
         self, retain, horizon, rollouts, num_agents, obs_dim, state_dim, action_dim, device,
         discrete=True,
     ):  # fmt: skip
-        size = (retain, horizon + 1, rollouts)  # flat row (c, h, m), its successor M rows later
+        super().__init__()
         self.retain, self.horizon, self.rollouts, self.collections = retain, horizon, rollouts, 0
-        self.obs = torch.zeros(*size, num_agents, obs_dim, device=device)
-        self.state = torch.zeros(*size, state_dim, device=device)
-        self.actions = torch.zeros(*size, num_agents, action_dim, device=device)
-        self.avail = torch.zeros_like(self.actions) if discrete else None
-        self.reward = torch.zeros(*size, device=device)
-        self.terminated = torch.zeros(*size, device=device)
-        self.p_u = torch.full(
-            (retain, horizon, rollouts), -torch.inf, device=device
-        )  # -inf: no row
-        self.cdf = None
+
+        def column(*shape: int) -> nn.Buffer:  # flat row (c, h, m), its successor M rows later
+            return nn.Buffer(torch.zeros(retain, horizon + 1, rollouts, *shape, device=device))
+
+        self.obs, self.state = column(num_agents, obs_dim), column(state_dim)
+        self.actions = column(num_agents, action_dim)
+        self.avail = column(num_agents, action_dim) if discrete else None
+        self.reward, self.terminated = column(), column()
+        no_row = torch.full((retain, horizon, rollouts), -torch.inf, device=device)
+        self.p_u, self.cdf = nn.Buffer(no_row), nn.Buffer(no_row.flatten().double())
+        self.ess = nn.Buffer(torch.ones((), device=device, dtype=torch.float64))
 
     def add(self, rollout: dict[str, torch.Tensor], cap: float, weighted: bool = True) -> None:
         """Store one collection and sum up the sampling weights.
 
         Args:
-            rollout: obs (H+1,M,N,O), state (H+1,M,S), avail (H+1,M,N,A) or None; actions (H,M,N,A),
-                reward, terminated, u, filled (H,M). `filled` is 1 where the rollout was still on.
+            rollout: obs (H+1,M,N,O), state (H+1,M,S), avail (H+1,M,N,A) if discrete; actions
+                (H,M,N,A), reward, terminated, u, filled (H,M). `filled` is 1 where the rollout was
+                still on.
             cap: C, bound of the confidence P_u; exp(-C) is the least relative weight of a row.
             weighted: False draws every row alike (the ablation without Eq. (7)).
         """
         slot = self.collections % self.retain
         for name in ("obs", "state", "avail"):
-            if rollout[name] is not None:
+            if name in rollout:
                 getattr(self, name)[slot] = rollout[name]
         for name in ("actions", "reward", "terminated"):
             getattr(self, name)[slot, :-1] = rollout[name]
@@ -152,26 +161,34 @@ class SyntheticBuffer:
         self.p_u[slot] = p_u.masked_fill(rollout["filled"] == 0, -torch.inf)
         self.collections += 1
         w = torch.softmax(self.p_u.flatten().double(), 0)  # (retain*H*M,)  Eq. (7)
-        self.cdf = w.cpu().cumsum(0).to(w.device)  # on a GPU, cumsum is not reproducible
-        self.ess = 1.0 / (w.square().sum() * (w > 0).sum())  # effective share of D_m's rows, 0..1
+        self.cdf.copy_(w.cpu().cumsum(0))  # on a GPU, cumsum is not reproducible
+        # effective share of D_m's rows, 0..1
+        self.ess.copy_(1.0 / (w.square().sum() * (w > 0).sum()))
 
-    def sample(self, size: int, generator: torch.Generator) -> Batch:
-        """Draw rows with probability w of Eq. (7), with replacement.
+    def draw(self, size: int, generator: torch.Generator) -> torch.Tensor:
+        """Points (B,) on [0,1), float64, for `gather` to find the rows they fall on.
 
         Raises:
             RuntimeError: nothing was collected yet.
         """
-        if self.cdf is None:
+        if self.collections == 0:
             raise RuntimeError("The synthetic buffer is empty: call add before sample.")
         device = self.cdf.device
-        point = torch.rand(size, generator=generator, device=device, dtype=torch.float64)
+        return torch.rand(size, generator=generator, device=device, dtype=torch.float64)
+
+    def gather(self, points: torch.Tensor) -> Batch:
+        """The transitions that points (B,) fall on, each as wide as its weight w of Eq. (7)."""
         # right=True never lands on a row of weight zero, not even for point 0
-        pick = torch.searchsorted(self.cdf, point * self.cdf[-1], right=True)
+        pick = torch.searchsorted(self.cdf, points * self.cdf[-1], right=True)
         collection = pick // (self.horizon * self.rollouts)
         row = pick + collection * self.rollouts  # each collection has M rows more than transitions
         columns = (self.obs, self.state, self.actions, self.avail, self.reward, self.terminated)
         flat = [None if x is None else x.flatten(0, 2) for x in columns]
         return rows_to_batch(*flat, row, row + self.rollouts)
+
+    def sample(self, size: int, generator: torch.Generator) -> Batch:
+        """Rows with probability w of Eq. (7), with replacement."""
+        return self.gather(self.draw(size, generator))
 
 
 def mix(real: Batch, synthetic: Batch | None) -> tuple[Batch, torch.Tensor]:
@@ -181,6 +198,15 @@ def mix(real: Batch, synthetic: Batch | None) -> tuple[Batch, torch.Tensor]:
     both = [None if a is None else torch.cat([a, b]) for a, b in zip(real, synthetic, strict=True)]
     is_real = torch.cat([torch.ones_like(real.reward), torch.zeros_like(synthetic.reward)])
     return Batch(*both), is_real
+
+
+def toss(real: Batch, synthetic: Batch, coin: torch.Tensor) -> tuple[Batch, torch.Tensor]:
+    """One batch of either: synthetic where coin () is 1; and (B,) 1 where a row is real."""
+    one = [
+        None if a is None else torch.where(coin > 0, b, a)
+        for a, b in zip(real, synthetic, strict=True)
+    ]
+    return Batch(*one), (1 - coin).expand_as(real.reward)
 
 
 def _self_check():

@@ -214,7 +214,7 @@ def _compile_smax(env_id: str) -> tuple:
         ended = (lost | beaten, after.state.step >= env.max_steps, beaten & ~lost)
         return (key, after), (*view(after), reward, *ended)
 
-    return env, jax.jit(jax.vmap(reset_one, (None, 0, None))), jax.jit(jax.vmap(step_one))
+    return env, jax.jit(jax.vmap(reset_one, (0, 0, None))), jax.jit(jax.vmap(step_one))
 
 
 class SmaxEnv:
@@ -236,14 +236,19 @@ class SmaxEnv:
             episode_limit=self._env.max_steps,
         )
 
-    def reset(self, seed: int | None = None) -> Step:
-        """Start a fresh episode in every slot; without a seed, the next one in this env's order."""
+    def reset(self, seed: int | np.ndarray | None = None) -> Step:
+        """Start a fresh episode in every slot; without a seed, the next one in this env's order.
+
+        Args:
+            seed: K seeds divide the slots into K blocks; each is reset as an env of its own is.
+        """
         if seed is not None:
             self._seed = seed
-        slots = np.arange(self.num_envs, dtype=np.uint32)
-        weakened = np.float32(self.weakened)
-        self._carry, seen = self._reset(np.uint32(self._seed % 2**32), slots, weakened)
-        self._seed += 1
+        seeds = np.atleast_1d(self._seed)
+        slots = np.arange(self.num_envs // len(seeds), dtype=np.uint32)
+        block = (np.repeat(seeds % 2**32, len(slots)).astype(np.uint32), np.tile(slots, len(seeds)))
+        self._carry, seen = self._reset(*block, np.float32(self.weakened))
+        self._seed = self._seed + 1
         self._over = np.zeros(self.num_envs, bool)
         nothing = np.zeros(self.num_envs, bool)
         zero = np.zeros(self.num_envs, np.float32)
@@ -299,24 +304,38 @@ def evaluate(env, act: Callable, episodes: int, seed: int) -> dict:
         return_mean and its return_ci95 (half width, normal, undiscounted), win_rate (None where
         there is nothing to win) and episodes.
     """
-    returns, wins = [], []
-    for k in range(-(-episodes // env.num_envs)):
-        now = env.reset(seed + k)
+    return evaluate_together(env, act, episodes, [seed])[0]
+
+
+def evaluate_together(env, act: Callable, episodes: int, seeds: list[int]) -> list[dict]:
+    """`evaluate` of K policies at once, each in its own block of E / K slots, from its own seed.
+
+    Args:
+        env: a SmaxEnv, or of any backend where K = 1.
+        act: as in `evaluate`, slots of the first policy first.
+    """
+    returns, wins, k = [], [], len(seeds)
+    for game in range(-(-episodes * k // env.num_envs)):
+        now = env.reset(np.array(seeds) + game if k > 1 else seeds[0] + game)
         total, won = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
         while not now.over.all():
             avail = None if now.avail is None else torch.tensor(now.avail)
             now = env.step(act(torch.tensor(now.obs), avail).numpy())
             total, won = total + now.reward, won | now.won
-        returns.append(total)
-        wins.append(won)
-    returns, wins = np.concatenate(returns), np.concatenate(wins)
-    spread = returns.std(ddof=1) if len(returns) > 1 else 0.0
-    return {
-        "return_mean": float(returns.mean()),
-        "return_ci95": float(1.96 * spread / np.sqrt(len(returns))),
-        "win_rate": None if env.spec.backend == "mamujoco" else float(wins.mean()),
-        "episodes": len(returns),
-    }
+        returns.append(total.reshape(k, -1))
+        wins.append(won.reshape(k, -1))
+
+    def score(returns: np.ndarray, wins: np.ndarray) -> dict:
+        spread = returns.std(ddof=1) if len(returns) > 1 else 0.0
+        return {
+            "return_mean": float(returns.mean()),
+            "return_ci95": float(1.96 * spread / np.sqrt(len(returns))),
+            "win_rate": None if env.spec.backend == "mamujoco" else float(wins.mean()),
+            "episodes": len(returns),
+        }
+
+    games = zip(np.concatenate(returns, 1), np.concatenate(wins, 1), strict=True)
+    return [score(*of_seed) for of_seed in games]
 
 
 def random_policy(spec: Spec, seed: int) -> Callable:

@@ -248,21 +248,22 @@ class LogoWM(nn.Module):
         obs: torch.Tensor,
         state: torch.Tensor,
         avail: torch.Tensor | None,
-        horizon: int,
-        generator: torch.Generator,
+        dice: torch.Tensor,
         heads: bool = True,
         clamp: bool = True,
     ) -> dict[str, torch.Tensor]:
         """Roll a policy out in the model from real starts: Algorithm 1, lines 12-20.
 
         Args:
-            act: (o (B,N,O), avail (B,N,A) or None) -> actions (B,N,A), the exploring policy.
+            act: (o (B,N,O), avail (B,N,A) or None, step 0..H-1) -> actions (B,N,A), the exploring
+                policy.
             obs, state, avail: (B,...) of real rows to start from.
-            horizon: H steps. Every rollout is computed to the end, without looking at the values
-                (on a GPU a look costs more than the steps it saves); `filled` says what counts.
+            dice: (H,B) uniform on [0,1), which decide where rollouts end. Every rollout is
+                computed for all H steps, without looking at the values (on a GPU a look costs
+                more than the steps it saves); `filled` says what counts.
             heads: False = the paper's letter: no step ends, every action may be taken.
         Returns:
-            obs (H+1,B,N,O), state (H+1,B,S), avail (H+1,B,N,A) or None, actions (H,B,N,A), and
+            obs (H+1,B,N,O), state (H+1,B,S), avail (H+1,B,N,A) if discrete, actions (H,B,N,A), and
             reward, terminated, u, filled (H,B); filled is 1 up to and with the terminal step.
         """
         if not heads and avail is not None:
@@ -270,14 +271,13 @@ class LogoWM(nn.Module):
         kept = {"obs": [obs], "state": [state], "avail": [avail]}
         steps = {"actions": [], "reward": [], "terminated": [], "u": [], "filled": []}
         filled = torch.ones_like(state[:, 0])  # (B,)
-        for _ in range(horizon):
-            actions = act(obs, avail)
+        for h, die in enumerate(dice):
+            actions = act(obs, avail, h)
             out = self.step(obs, state, actions, clamp)
             obs, state = out["next_obs"], out["next_state"]
             over = torch.zeros_like(filled)
             if heads:  # the data's battles end at random moments: draw, do not threshold
-                draw = torch.rand(over.shape, generator=generator, device=over.device)
-                over = (draw < out["terminated"]).float()
+                over = (die < out["terminated"]).float()
                 avail = out["next_avail"]
             now = (actions, out["reward"], over, out["u"], filled)
             for name, value in zip(steps, now, strict=True):
@@ -285,8 +285,7 @@ class LogoWM(nn.Module):
             for name, value in zip(kept, (obs, state, avail), strict=True):
                 kept[name].append(value)
             filled = filled * (1 - over)
-        everything = kept | steps
-        return {k: None if v[0] is None else torch.stack(v) for k, v in everything.items()}
+        return {k: torch.stack(v) for k, v in (kept | steps).items() if v[0] is not None}
 
 
 def _self_check():

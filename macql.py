@@ -103,23 +103,25 @@ class Actor(nn.Module):
         pi = self(obs, avail)
         return F.one_hot(pi.argmax(-1), pi.shape[-1]).to(pi) if self.discrete else pi
 
+    def noise(self, shape: tuple, generator: torch.Generator) -> torch.Tensor:
+        """Random numbers for `explore`: Exp(1) where actions are discrete, else normal."""
+        empty = torch.empty(shape, device=generator.device)
+        return (empty.exponential_ if self.discrete else empty.normal_)(generator=generator)
+
     @torch.no_grad()
-    def explore(self, obs, avail, generator: torch.Generator, epsilon: float = 0.1) -> torch.Tensor:
+    def explore(self, obs, avail, noise: torch.Tensor, epsilon: float = 0.1) -> torch.Tensor:
         """(B,N,A): one action drawn from the policy, with a share `epsilon` of exploration.
 
         Discrete: with probability epsilon any allowed action, all alike. Continuous: Gaussian noise
-        of standard deviation epsilon.
+        of standard deviation epsilon. `noise` (B,N,A) is of the method with that name.
         """
         pi = self(obs, avail)
-        shape, device = pi.shape, pi.device
         if not self.discrete:
-            noise = torch.randn(shape, generator=generator, device=device)
             return (pi + epsilon * noise).clamp(-1, 1)
         # Deviation D16: imagined rows are worth most where the data have none
         pi = (1 - epsilon) * pi + epsilon * avail / avail.sum(-1, keepdim=True)
         # The largest pi_a / Exp(1) falls on a with probability pi_a: a draw without a host sync
-        clock = torch.empty(shape, device=device).exponential_(generator=generator)
-        return F.one_hot((pi / clock).argmax(-1), shape[-1]).to(pi)
+        return F.one_hot((pi / noise).argmax(-1), pi.shape[-1]).to(pi)
 
 
 class Critic(nn.Module):
@@ -171,29 +173,38 @@ class Critic(nn.Module):
         return self.net(x.expand(self.critics, -1, -1)).squeeze(-1)
 
 
-def data_and_any(critic: Critic, batch, actor: Actor, generator, samples: int = 10):
+def random_actions(shape: tuple, generator: torch.Generator, samples: int = 10) -> torch.Tensor:
+    """Random numbers for the continuous log-sum-exp: (3,samples,B,N,A), shape = (B,N,A).
+
+    The first third is uniform on [-1,1], the others are normal.
+    """
+    draws = torch.empty(3, samples, *shape, device=generator.device)
+    draws[0].uniform_(-1, 1, generator=generator)
+    draws[1:].normal_(generator=generator)
+    return draws
+
+
+def data_and_any(critic: Critic, batch, actor: Actor, draws: torch.Tensor | None = None):
     """Q_k(s, a) of the data's action, and log sum_a exp Q_k(s, a) over all allowed ones: (K,B).
 
     Discrete: exact, since exp of a sum of utilities factorises over the agents. Continuous: from
-    `samples` actions each of the uniform law, of pi(s) and of pi(s') with noise, each weighted with
-    its density [Kumar et al., 2020, CQL(H); its multi-agent form in CFCQL].
+    the `draws` of `random_actions`: a third uniform, a third of pi(s), a third of pi(s') with
+    noise, each weighted with its density [Kumar et al., 2020, CQL(H); multi-agent in CFCQL].
     """
     if critic.discrete:
         q = critic.utilities(batch.obs, batch.state)  # (K,B,N,A), for both values
         every = q.masked_fill(batch.avail == 0, -torch.inf).logsumexp(-1).sum(-1)
         return (q * batch.actions).sum((-2, -1)), every
     sigma, (b, n, a) = 0.2, batch.actions.shape
-    shape, device = (samples, b, n, a), batch.actions.device
-    uniform = torch.rand(shape, generator=generator, device=device) * 2 - 1
-    volume = torch.full((samples, b), -n * a * math.log(2.0), device=device)  # log (1/2)^(n a)
-    draws, log_density = [uniform], [volume]
-    for obs in (batch.obs, batch.next_obs):
-        noise = torch.randn(shape, generator=generator, device=device)
+    uniform, *noises = draws  # (samples,B,N,A) each
+    volume = torch.full_like(uniform[..., 0, 0], -n * a * math.log(2.0))  # log (1/2)^(n a)
+    many, log_density = [uniform], [volume]
+    for obs, noise in zip((batch.obs, batch.next_obs), noises, strict=True):
         with torch.no_grad():
-            draws.append((actor(obs, None) + sigma * noise).clamp(-1, 1))
+            many.append((actor(obs, None) + sigma * noise).clamp(-1, 1))
         log_normal = -0.5 * noise.square() - math.log(sigma * math.sqrt(2 * math.pi))
         log_density.append(log_normal.sum((-2, -1)))
-    many, log_density = torch.cat(draws), torch.cat(log_density)  # (3 samples,B,N,A), (3 samples,B)
+    many, log_density = torch.cat(many), torch.cat(log_density)  # (3 samples,B,N,A), (3 samples,B)
     m = len(many)
     obs, state = batch.obs.repeat(m, 1, 1), batch.state.repeat(m, 1)
     q = critic(obs, state, many.flatten(0, 1)).view(-1, m, b)  # (K,3 samples,B)
@@ -219,7 +230,7 @@ def critic_loss(
     is_real: torch.Tensor,
     gamma: float,
     alpha: float,
-    generator: torch.Generator,
+    draws: torch.Tensor | None = None,
     conservative: str = "logsumexp",
     conservative_on: str = "both",
     backup: str = "policy",
@@ -231,7 +242,7 @@ def critic_loss(
     Args:
         batch: a `buffer.Batch`; is_real (B,): 1 where a row is of D.
         gamma: discount per step. alpha: weight of the conservative term.
-        generator: for the random actions of the continuous log-sum-exp.
+        draws: of `random_actions`, for the continuous log-sum-exp alone.
         conservative: "logsumexp" or, as Eq. (10) prints, "expectation" under the policy.
         conservative_on: values are pushed down on the states of "both" (Eq. (10)) or "real" rows.
         backup: next actions by the "policy", or by the "max" of Eq. (11).
@@ -254,7 +265,7 @@ def critic_loss(
         q_data = critic(batch.obs, batch.state, batch.actions)  # (K,B)
         q_any = critic(batch.obs, batch.state, pi)
     else:
-        q_data, q_any = data_and_any(critic, batch, actor, generator)
+        q_data, q_any = data_and_any(critic, batch, actor, draws)
     assert q_data.shape == q_any.shape == (critic.critics, size) and y.shape == (size,)
     pushed_down = q_any * (real if conservative_on == "real" else 1.0)
     td = (q_data - y).square() * (real if bellman_on == "real" else 1.0)  # Deviation D8
@@ -338,7 +349,7 @@ def _self_check():
                 next_avail=every, terminated=torch.ones(size),
             )  # fmt: skip
             real = torch.ones(size)
-            loss, _ = critic_loss(critic, target, actor, batch, real, 0.99, alpha, g)
+            loss, _ = critic_loss(critic, target, actor, batch, real, 0.99, alpha)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

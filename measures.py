@@ -76,11 +76,10 @@ def rollout_errors(
     start = windows(data, data.held_out, horizon)
     if len(start) == 0:
         return {"state": [], "persistence": [], "reward": []}
-    steps = iter(range(horizon))
     out = model.imagine(
-        lambda obs, avail: data.actions[start + next(steps)],
-        data.obs[start], data.state[start], None, horizon,
-        torch.Generator(start.device).manual_seed(0), heads=False, clamp=clamp,
+        lambda obs, avail, h: data.actions[start + h],
+        data.obs[start], data.state[start], None, torch.zeros(horizon, len(start)),
+        heads=False, clamp=clamp,
     )  # fmt: skip
     errors = {"state": [], "persistence": [], "reward": []}
     for h in range(horizon):
@@ -108,9 +107,11 @@ def rollout_sanity(
     pick = torch.randint(len(data.train), (count,), generator=rng, device=data.train.device)
     rows = data.train[pick]
     start = data.gather(rows)
+    noise = clone.noise((horizon, *start.actions.shape), rng)
+    dice = torch.rand(horizon, count, generator=rng, device=rows.device)
     out = model.imagine(
-        lambda obs, avail: clone.explore(obs, avail, rng, epsilon=0.0),
-        start.obs, start.state, start.avail, horizon, rng, heads, clamp,
+        lambda obs, avail, h: clone.explore(obs, avail, noise[h], epsilon=0.0),
+        start.obs, start.state, start.avail, dice, heads, clamp,
     )  # fmt: skip
     on = out["filled"].bool()  # (H,B)
     inside = (out["state"] >= model.state_min) & (out["state"] <= model.state_max)
@@ -122,13 +123,13 @@ def rollout_sanity(
         running = running & is_step[row]
         real.append(data.reward[row[running]])
     forbidden = 0.0
-    if out["avail"] is not None:
+    if "avail" in out:
         taken = (out["actions"] * out["avail"][:-1]).sum(-1)  # (H,B,N) 1 = it was allowed
         forbidden = (taken[on] == 0).float().mean().item()
     return {
         "imagined_reward_per_step": out["reward"][on].mean().item(),
         "real_reward_per_step": torch.cat(real).mean().item(),
-        "finite": all(v.isfinite().all().item() for v in out.values() if v is not None),
+        "finite": all(v.isfinite().all().item() for v in out.values()),
         "states_in_range": inside.float().mean().item(),
         "forbidden_actions": forbidden,
     }

@@ -7,10 +7,13 @@ fights no battle, and ends with what can be measured on held-out data: backend "
 """
 
 import copy
+import dataclasses
 import importlib.util
 import math
 import os
+import shutil
 import subprocess
+import time
 from collections import deque
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import starcraft
 from buffer import OfflineDataset, SyntheticBuffer
 from logo_wm import LogoWM
 from macql import Actor, Critic
-from run import Run
+from run import Run, Runs
 
 GAMES = 4  # of StarCraft II side by side, each with a gigabyte of memory
 
@@ -56,6 +59,10 @@ def check(args) -> None:
         raise ValueError("--track needs Weights & Biases: pip install wandb.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here; give --device cpu or auto.")
+    if args.cudagraphs and (args.device == "cpu" or not torch.cuda.is_available()):
+        raise ValueError("--cudagraphs: graphs are of a GPU, and torch finds none; leave it out.")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ValueError("--compile: no C++ compiler is installed (g++, or $CXX); leave it out.")
     if args.critic == "none" and args.synthetic_fraction > 0:
         raise ValueError("--critic none clones real data: it needs --synthetic-fraction 0.")
     natural = envs.natural_backend(args.env_id)
@@ -69,6 +76,45 @@ def check(args) -> None:
         )
     if args.checkpoint_every % args.log_every:
         raise ValueError("--checkpoint-every must be a multiple of --log-every.")
+
+
+def check_memory(args, sizes: tuple[int, int, int, int], discrete: bool) -> None:
+    """Refuse more seeds than memory holds: D_m and the networks, beside the data.
+
+    Args:
+        sizes: N, O, S, A.
+    Raises:
+        ValueError: what it would take, what there is, which flags would help.
+    """
+    n, o, s, a = sizes
+    stored = (
+        kept_collections(args) * (args.horizon + 1) * args.rollouts if method(args) == "logo" else 0
+    )
+    with torch.device("meta"):
+        world_model = LogoWM(*sizes, args.wm_hidden, discrete)
+    weights = sum(p.numel() for p in world_model.parameters())
+    numbers = stored * (n * o + s + 2 * n * a + 2) + 4 * weights  # each with gradient, two moments
+    need = 4 * numbers * args.num_seeds / 2**30
+    if choose_device(args).type == "cuda":
+        have = torch.cuda.mem_get_info()[1] / 2**30
+    else:
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if need > have:
+        raise ValueError(
+            f"--num-seeds {args.num_seeds}, --retain {args.retain}, --rollouts {args.rollouts} and "
+            f"--horizon {args.horizon} need {need:.3g} GiB, {have:.3g} are here: lower them."
+        )
+
+
+def kept_collections(args) -> int:
+    """Collections that D_m keeps; Deviation D10: old ones are of old policies, and fill memory."""
+    return args.retain or math.ceil(args.updates / args.collect_every)
+
+
+def choose_device(args) -> torch.device:
+    """What --device says; auto takes a GPU if there is one."""
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(there if args.device == "auto" else args.device)
 
 
 def imagined_rows(args) -> int:
@@ -99,6 +145,11 @@ def commit() -> str:
 # --------------------------------------------------------------------------------------------------
 
 
+def sizes_of(data: OfflineDataset) -> tuple[int, int, int, int]:
+    """N, O, S, A."""
+    return (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])
+
+
 def choose_simulator(args, data: OfflineDataset, facts: dict):
     """(environment or None, its Spec, why) for this data; see the module's docstring.
 
@@ -106,7 +157,7 @@ def choose_simulator(args, data: OfflineDataset, facts: dict):
         ValueError: the data do not fit the backend that was asked for.
         ImportError, OSError: the backend that was asked for is not installed.
     """
-    sizes = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])  # N, O, S, A
+    sizes = sizes_of(data)
     limit = int(data.lengths.max())
     offline = envs.Spec(args.env_id, "offline", *sizes, data.avail is not None, limit)
     chosen = args.backend != "auto"
@@ -117,6 +168,8 @@ def choose_simulator(args, data: OfflineDataset, facts: dict):
         slots = args.eval_episodes
         if backend in ("smac", "smacv2"):
             slots = min(slots, GAMES)
+        elif backend == "smax":  # the policies of all seeds play at once
+            slots *= args.num_seeds
         env = envs.make(args.env_id, slots, backend)
     except (ImportError, OSError) as e:
         if chosen:
@@ -152,9 +205,7 @@ def best_backend(args, facts: dict) -> tuple[str, str]:
 
 def prepare(args) -> tuple[OfflineDataset, dict, object, envs.Spec]:
     """Data and their facts, simulator (or None) and Spec; records the data at first use."""
-    device = torch.device(
-        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = choose_device(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     path = args.dataset or collect.load_or_record(
@@ -162,9 +213,12 @@ def prepare(args) -> tuple[OfflineDataset, dict, object, envs.Spec]:
     )
     path = Path(os.path.relpath(path))  # results are shared: no folders above this one
     data, facts = datasets.load_dataset(path, args.holdout, args.data_seed, device, args.env_id)
+    check_memory(args, sizes_of(data), data.avail is not None)
     env, spec, why = choose_simulator(args, data, facts)
     print(
-        f"{method(args).upper()} on {args.env_id}, device {device}, seed {args.seed}\n"
+        f"{method(args).upper()} on {args.env_id}, device {device}, "
+        + (f"seeds {args.seed} to {args.seed + args.num_seeds - 1} at once\n"
+           if args.num_seeds > 1 else f"seed {args.seed}\n")
         + (f"simulator {spec.backend}: {why}\n" if env else f"no simulator: {why}; no episode "
            "will be played, the run ends with measures on held-out data\n")
         + f"data {path}: {facts['episodes']} episodes, {facts['transitions']:,} "
@@ -179,6 +233,31 @@ def prepare(args) -> tuple[OfflineDataset, dict, object, envs.Spec]:
 # --------------------------------------------------------------------------------------------------
 # Networks
 # --------------------------------------------------------------------------------------------------
+
+
+def begin(args) -> Runs:
+    """Everything a training starts with: data, simulator, and networks and a folder a seed."""
+    started = time.time()
+    if args.dataset is None:  # before anything is recorded
+        spec = envs.make(args.env_id).spec
+        check_memory(args, spec[2:6], spec.discrete)
+    probe = (args.out or Path("runs")) / f".{os.getpid()}.probe"  # can this folder be written?
+    datasets.write_atomic(probe, b"")
+    probe.unlink()
+    data, facts, env, spec = prepare(args)
+    source = args.quality
+    if args.dataset:  # many public files have the same name
+        source = f"{args.dataset.resolve().stem}-{facts['sha256'][:6]}"
+    name, runs = f"{args.env_id}-{source}-{spec.backend}-{method(args)}", []
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        folder = Path("runs") / f"{name}-seed{seed}"
+        if args.out:
+            folder = args.out / f"seed{seed}" if args.num_seeds > 1 else args.out
+        print(f"run {folder}")
+        of_seed = dataclasses.replace(args, seed=seed)
+        runs.append(build(of_seed, folder, data, facts, env, spec))
+        runs[-1].started = started
+    return Runs(runs)
 
 
 def build(args, folder: Path, data: OfflineDataset, facts: dict, env, spec: envs.Spec) -> Run:
@@ -200,26 +279,14 @@ def build(args, folder: Path, data: OfflineDataset, facts: dict, env, spec: envs
         Critic(*obs, *state, *shape, args.critics),
     )
     world_model, actor, critic = (net.to(device) for net in (world_model, actor, critic))
-    clone = copy.deepcopy(actor)
-
-    def adam(net: torch.nn.Module, lr: float, decay: float = 0.0) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=decay, fused=True)
-
-    optimizers = {
-        "wm": adam(world_model, args.wm_lr, args.wm_weight_decay),  # Deviation D15
-        "clone": adam(clone, args.lr),
-        "actor": adam(actor, args.lr),
-        "critic": adam(critic, args.lr),
-    }
-    # Deviation D10: old collections are of old policies, and fill the memory
-    retain = args.retain or math.ceil(args.updates / args.collect_every)
+    retain = kept_collections(args)
     model_data = None
     if args.synthetic_fraction > 0:
         model_data = SyntheticBuffer(
             retain, args.horizon, args.rollouts, *sizes, device, spec.discrete
         )
+    averaged, clone, target = (copy.deepcopy(net) for net in (actor, actor, critic))
     return Run(
-        args, folder, device, env, spec, data, facts, rng, world_model, actor,
-        copy.deepcopy(actor), clone, critic, copy.deepcopy(critic), optimizers, model_data,
-        deque(maxlen=retain),
+        args, folder, device, env, spec, data, facts, rng, world_model, actor, averaged, clone,
+        critic, target, model_data, deque(maxlen=retain),
     )  # fmt: skip

@@ -5,6 +5,7 @@ python report.py RUN_DIR_OR_JSON ...      a markdown table of many runs, average
 
 import io
 import json
+import math
 import platform
 import re
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 import datasets
+from checkpoint import plain
 from measures import (
     doubt_and_error,
     offline_measures,
@@ -23,7 +25,7 @@ from measures import (
     rollout_errors,
     rollout_sanity,
 )
-from run import Run, evaluate, plain
+from run import Run, Runs, evaluate
 
 FILES = ("metrics.csv", "events.out.tfevents.*", "checkpoint.pt", "run.png", "final.json")
 
@@ -52,13 +54,47 @@ def installed(package: str) -> str | None:
         return None
 
 
-def finish(run: Run, method: str, commit: str) -> dict:
-    """Measure, write final.json and run.png, print the closing table; returns the JSON."""
-    last = run.evaluations[-run.args.final_evals :]
-    score, data, facts = pooled(last), run.data, run.facts
-    clone = None
-    if score:
-        clone = evaluate(run, run.clone, 10**6 * (run.args.seed + 1) - 10**5, score["episodes"])
+def finish(runs: Runs, method: str, commit: str) -> list[dict]:
+    """Measure, write every run's final.json and run.png, print the closing tables."""
+    clones = [None] * len(runs)
+    if score := last_score(runs[0]):
+        clones = evaluate(runs, "clone", -(10**5), score["episodes"])
+    together = None
+    if len(runs) > 1 and score:
+        returns = [last_score(run)["return_mean"] for run in runs]
+        mean, ci95 = mean_and_interval(returns)
+        seeds = [run.args.seed for run in runs]
+        together = {"seeds": seeds, "return_mean": mean, "return_ci95": ci95, "returns": returns}
+    finals = [
+        finish_one(run, clone, together, method, commit)
+        for run, clone in zip(runs, clones, strict=True)
+    ]
+    if len(runs) > 1:
+        print("\n" + compare([run.folder for run in runs]))
+    return finals
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds and half its 95 % interval by Student's t, for the seeds are few."""
+    few = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
+    if len(values) == 1:
+        return values[0], math.inf
+    quantile = few.get(len(values), 2.26)
+    return float(np.mean(values)), float(quantile * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def last_score(run: Run) -> dict | None:
+    """The final score: of the last evaluations together."""
+    return pooled(run.evaluations[-run.args.final_evals :])
+
+
+def finish_one(run: Run, clone: dict | None, together: dict | None, method: str, commit: str):
+    """Measure, write final.json and run.png, print the closing table; returns the JSON.
+
+    Args:
+        clone: score of the cloned policy. together: scores of the seeds that trained with this one.
+    """
+    score, data, facts = last_score(run), run.data, run.facts
     world_model = rollout = None
     if run.args.synthetic_fraction > 0:
         world_model = one_step_errors(run.world_model, data)
@@ -83,6 +119,7 @@ def finish(run: Run, method: str, commit: str) -> dict:
         "rollout": rollout,
         "eval": score,
         "clone": clone,
+        "over_seeds": together,
         "offline": offline_measures(run),
         "evaluations": run.evaluations,
         "time": {
@@ -180,18 +217,15 @@ def compare(paths: list[Path]) -> str:
     for path in paths:
         file = path / "final.json" if path.is_dir() else path
         name = path.name if path.is_dir() else path.stem
+        if re.fullmatch(r"seed\d+", name):  # --out FOLDER --num-seeds K
+            name = f"{path.absolute().parent.name}-{name}"
         run = json.loads(file.read_text())
         setting = (re.sub(r"-seed\d+$", "", name), run["backend"], run.get("method"))
         groups.setdefault(setting, []).append(run)
 
     def over_seeds(values: list[float], digits: int = 2) -> str:
-        mean = f"{np.mean(values):.{digits}f}"
-        if len(values) == 1:
-            return mean
-        # Student's t, for the seeds are few
-        quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.57)
-        spread = quantile * np.std(values, ddof=1) / len(values) ** 0.5
-        return f"{mean} ± {spread:.{digits}f}"
+        mean, spread = mean_and_interval(values)
+        return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
     lines = [
         "| setting | seeds | return | won | clone's return | data's return | battles a seed |",

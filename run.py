@@ -1,17 +1,17 @@
-"""What a run holds, what it writes on the way, and how it goes on after being killed.
+"""What a run holds, and the loop that all phases share.
 
 The method is not here: train.py tells it, with these tools. A run's folder receives metrics.csv
-and TensorBoard events (`Log`) and checkpoint.pt (`save_checkpoint`); report.py adds the rest.
+and TensorBoard events (`Log`); checkpoint.py and report.py add the rest.
+
+With --num-seeds K there are K runs (`Run`), each with seed, networks, scores and folder of its own,
+that train as one batched computation (`Runs`). Each leaves what it would have left alone.
 """
 
-import copy
-import io
-import pickle
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,19 +20,17 @@ from tqdm import tqdm
 import datasets
 import envs
 from buffer import OfflineDataset, SyntheticBuffer
+from checkpoint import save_checkpoint
+from fast import Stack, each
 from logo_wm import LogoWM
 from macql import Actor, Critic
-
-MODULES = ("world_model", "actor", "clone", "averaged", "critic", "critic_target")
-COUNTERS = ("progress", "evaluations", "seconds", "imagined_rows")
-FREE = ("resume", "out", "track", "threads", "device")  # flags that may differ on resuming
 
 
 @dataclass
 class Run:
-    """All that changes while training; `progress` counts the updates done in each phase."""
+    """One seed: all that changes while it trains."""
 
-    args: object  # train.Args
+    args: object  # train.Args, with this run's seed
     folder: Path
     device: torch.device
     env: object  # of envs.py; None: no simulator plays this task here
@@ -46,9 +44,8 @@ class Run:
     clone: Actor
     critic: Critic
     critic_target: Critic
-    optimizers: dict[str, torch.optim.Optimizer]
     model_data: SyntheticBuffer | None  # D_m
-    recipes: deque  # of D_m's collections, see `save_checkpoint`
+    recipes: deque  # of D_m's collections, see checkpoint.py
     progress: dict = field(default_factory=lambda: dict.fromkeys(("clone", "wm", "policy"), 0))
     evaluations: list = field(default_factory=list)
     seconds: dict = field(
@@ -60,38 +57,105 @@ class Run:
     started: float = field(default_factory=time.time)
 
 
+class Runs(list[Run]):
+    """K runs on the same data that train in step; what they share, and their networks as one.
+
+    `world_model`, `actor`, ... and `model_data` are the run's own for K = 1, else `fast.Stack`s of
+    the K runs' own: call them through `fast.each`, with tensors that have a leading dimension K.
+    The updates done (`progress`) and the time they took (`seconds`) are common to all.
+    """
+
+    def __init__(self, runs: list[Run]):
+        super().__init__(runs)
+        first = self[0]
+        self.args, self.device, self.data = first.args, first.device, first.data
+        self.env, self.progress, self.seconds = first.env, first.progress, first.seconds
+        for run in self:
+            run.progress, run.seconds = self.progress, self.seconds
+
+        def together(modules: list) -> torch.nn.Module:
+            return modules[0] if len(self) == 1 else Stack(modules)
+
+        self.world_model = together([run.world_model for run in self])
+        self.actor = together([run.actor for run in self])
+        self.averaged = together([run.averaged for run in self])
+        self.clone = together([run.clone for run in self])
+        self.critic = together([run.critic for run in self])
+        self.critic_target = together([run.critic_target for run in self])
+        self.model_data = first.model_data and together([run.model_data for run in self])
+        args = self.args
+
+        def adam(net: torch.nn.Module, lr: float, decay: float = 0.0) -> torch.optim.Optimizer:
+            recorded = args.compile or args.cudagraphs  # then the step size must be a tensor
+            return torch.optim.AdamW(
+                net.parameters(), torch.tensor(lr, device=self.device) if recorded else lr,
+                weight_decay=decay, fused=True, capturable=args.cudagraphs,
+            )  # fmt: skip
+
+        self.optimizers = {
+            "wm": adam(self.world_model, args.wm_lr, args.wm_weight_decay),  # Deviation D15
+            "clone": adam(self.clone, args.lr),
+            "actor": adam(self.actor, args.lr),
+            "critic": adam(self.critic, args.lr),
+        }
+
+    def draw(self, random: Callable) -> torch.Tensor:
+        """random(run) of every run, with a leading dimension K where K > 1."""
+        draws = [random(run) for run in self]
+        return draws[0] if len(self) == 1 else torch.stack(draws)
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, done: int, total: int, decay: bool) -> None:
     """The step size after `done` of `total` updates: constant, or falling linearly to zero."""
+    now = lr * (1 - done / total) if decay else lr  # Deviation D12
     for group in optimizer.param_groups:
-        group["lr"] = lr * (1 - done / total) if decay else lr  # Deviation D12
+        if isinstance(group["lr"], torch.Tensor):  # a recorded update reads it from there
+            group["lr"].fill_(now)
+        else:
+            group["lr"] = now
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One gradient step on the optimizer's own parameters, and on nobody else's."""
+    """One gradient step on the optimizer's own parameters, and on nobody else's.
+
+    Args:
+        loss: () or, of independent seeds, (K,).
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=parameters)
+    loss.sum().backward(inputs=parameters)
     optimizer.step()
 
 
-def evaluate(run: Run, actor: Actor, seed: int, episodes: int) -> dict | None:
-    """Score of the greedy policy, see `envs.evaluate`; None where no simulator plays the task."""
-    if run.env is None:
-        return None
-    started = time.time()
+def evaluate(runs: Runs, who: str, offset: int, episodes: int) -> list[dict]:
+    """Score of each run's greedy policy `who` (averaged, clone), see `envs.evaluate`.
 
-    def act(obs, avail):
-        avail = None if avail is None else avail.to(run.device)
-        return actor.greedy(obs.to(run.device), avail).cpu()
+    Battles are drawn with 10^6 (seed + 1) + offset. In SMAX the policies of all runs play at once.
+    """
+    started, actor = time.time(), getattr(runs, who)
+    seeds = [10**6 * (run.args.seed + 1) + offset for run in runs]
 
-    score = envs.evaluate(run.env, act, episodes, seed)
-    run.seconds["eval"] += time.time() - started
-    return score
+    def play(actor, seeds: list[int]) -> list[dict]:
+        def act(obs, avail):
+            seen = [x if x is None else x.to(runs.device) for x in (obs, avail)]
+            if len(seeds) > 1:  # (K*E,...) -> (K,E,...)
+                seen = [x if x is None else x.unflatten(0, (len(seeds), -1)) for x in seen]
+            return each(Actor.greedy, actor, *seen).view(*obs.shape[:2], -1).cpu()
+
+        return envs.evaluate_together(runs.env, act, episodes, seeds)
+
+    if runs.env.spec.backend == "smax":
+        scores = play(actor, seeds)
+    else:
+        alone = zip(runs, seeds, strict=True)
+        scores = [score for run, seed in alone for score in play(getattr(run, who), [seed])]
+    runs.seconds["eval"] += time.time() - started
+    return scores
 
 
 def phase(
-    run: Run,
-    log: "Log",
+    runs: Runs,
+    logs: list["Log"],
     name: str,
     title: str,
     total: int,
@@ -101,42 +165,44 @@ def phase(
     """Call update(k) for the updates still to do, up to `total`.
 
     Args:
-        name: of the counter in `run.progress`, and of the metrics.
-        update: k -> metrics as 0-d tensors; they are looked at once every `log_every` updates.
-        score: k -> metrics as numbers, called every `eval_every` updates and at the end.
+        logs: of each run.
+        name: of the counter in `runs.progress`, and of the metrics.
+        update: k -> metrics as tensors, () or (K,); looked at once every `log_every` updates.
+        score: k -> each run's metrics as numbers, called every `eval_every` updates and at the end.
     Raises:
         FloatingPointError: a metric was not finite; names the update and the metric.
     """
-    args, started, bad = run.args, time.time(), None
-    before, elsewhere = run.seconds[name], run.seconds["imagine"] + run.seconds["eval"]
+    args, started, seconds, history = runs.args, time.time(), runs.seconds, []
+    before, elsewhere = seconds[name], seconds["imagine"] + seconds["eval"]
     bar = tqdm(
-        range(run.progress[name], total), initial=run.progress[name], total=total, desc=title,
+        range(runs.progress[name], total), initial=runs.progress[name], total=total, desc=title,
         unit="update", mininterval=0.2 if sys.stderr.isatty() else 20,
     )  # fmt: skip
     for k in bar:
         metrics, done, last = update(k), k + 1, k + 1 == total
-        values = torch.stack(list(metrics.values()))
-        if bad is None:  # the first update at which each metric was not finite, 0: none
-            bad = torch.zeros(len(values), dtype=torch.long, device=run.device)
-        bad = torch.where((bad == 0) & ~values.isfinite(), done, bad)
-        run.progress[name] = done
+        history.append(torch.stack(list(metrics.values())))
+        runs.progress[name] = done
         if done % args.log_every == 0 or last:
-            wrong = [(w, m) for w, m in zip(bad.tolist(), metrics, strict=True) if w]
-            if wrong:
-                where, metric = min(wrong, key=lambda pair: pair[0])
+            values = torch.stack(history).view(len(history), len(metrics), len(runs)).cpu()
+            for i, metric, seed in values.isfinite().logical_not().nonzero()[:1].tolist():
                 raise FloatingPointError(
-                    f"{title}, update {where}: {metric} is not finite. Lower the step size or "
-                    f"look at the data; {run.folder} keeps the last checkpoint before it."
+                    f"{title}, update {done - len(history) + 1 + i}: {list(metrics)[metric]} is "
+                    "not finite. Lower the step size or look at the data; "
+                    f"{runs[seed].folder} keeps the last checkpoint before it."
                 )
-            log.write(name, done, dict(zip(metrics, values.tolist(), strict=True)))
-            pause = run.seconds["imagine"] + run.seconds["eval"] - elsewhere
-            run.seconds[name] = before + time.time() - started - pause
+            for log, now in zip(logs, values[-1].T.tolist(), strict=True):
+                log.write(name, done, dict(zip(metrics, now, strict=True)))
+            history.clear()
+            pause = seconds["imagine"] + seconds["eval"] - elsewhere
+            seconds[name] = before + time.time() - started - pause
         if score and (done % args.eval_every == 0 or last):
-            result = score(k)
-            log.write("eval", done, result)
-            bar.set_postfix({"return": f"{result['return_mean']:.2f}"})
+            scores = score(k)
+            for log, result in zip(logs, scores, strict=True):
+                log.write("eval", done, result)
+            mean = sum(result["return_mean"] for result in scores) / len(scores)
+            bar.set_postfix({"return": f"{mean:.2f}"})
         if done % args.checkpoint_every == 0 or last:
-            save_checkpoint(run)
+            save_checkpoint(runs)
 
 
 class Log:
@@ -159,8 +225,9 @@ class Log:
         if track:
             import wandb
 
-            self.wandb = wandb
-            wandb.init(project="logo", name=folder.name, config=config)
+            self.wandb = wandb.init(
+                project="logo", name=folder.name, config=config, reinit="create_new"
+            )
 
     def write(self, phase: str, update: int, metrics: dict[str, float]) -> None:
         with self.path.open("a") as f:
@@ -169,72 +236,3 @@ class Log:
             self.tensorboard.add_scalar(f"{phase}/{k}", v, update)
         if self.wandb:
             self.wandb.log({f"{phase}/{k}": v for k, v in metrics.items()})
-
-
-def plain(args) -> dict:
-    """The flags as JSON knows them."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
-
-
-def save_checkpoint(run: Run) -> None:
-    """Everything needed to go on as if nothing had happened, but D_m's rows.
-
-    D_m can be gigabytes, yet each collection follows from the policy that played it and the state
-    of the random numbers: these recipes are kept, and `load_checkpoint` imagines them again.
-    """
-    run.seconds["total"] = time.time() - run.started
-    state = {name: getattr(run, name).state_dict() for name in MODULES}
-    state |= {name: getattr(run, name) for name in COUNTERS}
-    state["optimizers"] = {k: v.state_dict() for k, v in run.optimizers.items()}
-    state |= {
-        "args": plain(run.args),
-        "data": run.facts["sha256"],
-        "device": run.device.type,
-        "collections": run.model_data.collections if run.model_data else 0,
-        "rng": run.rng.get_state(),
-        "recipes": list(run.recipes),
-    }
-    memory = io.BytesIO()
-    torch.save(state, memory)
-    datasets.write_atomic(run.folder / "checkpoint.pt", memory.getvalue())
-
-
-def load_checkpoint(run: Run, imagine: Callable) -> None:
-    """Take up the run's checkpoint.
-
-    Args:
-        imagine: (run, actor) -> None, plays one collection into D_m.
-    Raises:
-        ValueError: there is none, or it is of a run with other flags or other data.
-    """
-    path = run.folder / "checkpoint.pt"
-    if not path.exists():
-        raise ValueError(f"--resume: no checkpoint in {run.folder}; start without --resume.")
-    try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
-        mine, theirs = plain(run.args), state["args"]
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError(f"--resume: {path} is no checkpoint of this program: {e!r}") from e
-    if state["device"] != run.device.type:  # other random numbers: it would be another run
-        raise ValueError(f"--resume: {path} was trained with --device {state['device']}.")
-    if state["data"] != run.facts["sha256"]:
-        raise ValueError(f"--resume: {path} is of a run on other data than {run.facts['path']}.")
-    if differ := [k for k in mine if k not in FREE and mine[k] != theirs.get(k)]:
-        told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ)
-        raise ValueError(f"--resume: {path} is of a run with {told}; give that, or another --out.")
-    for name in MODULES:
-        getattr(run, name).load_state_dict(state[name])
-    for name, optimizer in run.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
-    player = copy.deepcopy(run.actor)
-    if run.model_data:  # the ring goes on in the slot where it was
-        run.model_data.collections = state["collections"] - len(state["recipes"])
-    for recipe in state["recipes"]:
-        run.recipes.append(recipe)
-        run.rng.set_state(recipe["rng"].cpu())
-        player.load_state_dict(recipe["actor"])
-        imagine(run, player)
-    for name in COUNTERS:
-        setattr(run, name, state[name])
-    run.rng.set_state(state["rng"].cpu())
-    run.started -= run.seconds["total"]  # the time of the run, not of the process

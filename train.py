@@ -2,34 +2,36 @@
 
   python train.py --env-id 3s_vs_5z --horizon 15            LOGO on recorded battles, to a score
   python train.py --env-id 3s_vs_5z --synthetic-fraction 0  MACQL: the same without the model
+  python train.py --env-id 3s_vs_5z --num-seeds 5           five seeds at once, and their mean
   python train.py --help                                    every hyperparameter, and its source
 
 The story is Algorithm 1 of the paper: clone the data's policy (the baseline to beat), train the
 world model (Phase 1), then in turn imagine battles (Phase 2) and improve the policy on half real,
 half imagined data (Phase 3). The run's folder receives metrics.csv, TensorBoard events, a
 checkpoint, and at the end run.png and final.json. Equations stand in logo_wm.py, macql.py and
-buffer.py; what is not the method in prepare.py, run.py, measures.py and report.py.
+buffer.py; what is not the method in prepare.py, run.py, measures.py, report.py and fast.py.
 """
 
-import copy
-import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
 
 import collect
-import datasets
 import envs
 import report
-from buffer import mix
-from macql import Actor, critic_loss, policy_loss, soft_update
-from prepare import build, check, commit, imagined_rows, method, prepare
-from run import Log, Run, descend, evaluate, load_checkpoint, phase, plain, save_checkpoint, set_lr
+from buffer import Batch, mix, toss
+from checkpoint import load_checkpoint, plain, save_checkpoint, weights
+from fast import CudaGraph, each
+from logo_wm import LogoWM
+from macql import critic_loss, policy_loss, random_actions, soft_update
+from prepare import begin, check, commit, imagined_rows, method
+from run import Log, Run, Runs, descend, evaluate, phase, set_lr
 
 
 @dataclass
@@ -51,12 +53,18 @@ class Args:
     """simulator that evaluates; auto takes the one that the data are from, if present [ours]"""
     seed: int = 1
     """of networks, batches and rollouts [ours]"""
+    num_seeds: int = 1
+    """K: train seeds SEED .. SEED + K - 1 at once, as one batched computation [ours]"""
     data_seed: int = 0
     """of the recording and of the held-out split, shared by the runs that are compared [ours]"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; auto takes a GPU if there is one [ours]"""
     threads: int = 0
     """processor threads for torch, 0 = as many as there are cores [ours]"""
+    compile: bool = False
+    """compile the updates with torch.compile; on a CPU this does not pay [LeanRL]"""
+    cudagraphs: bool = False
+    """record the updates' GPU kernels once and launch them together; GPU only [LeanRL]"""
 
     # World model, Phase 1
     wm_updates: int = 3_000
@@ -177,145 +185,190 @@ CONTINUOUS = {
 # --------------------------------------------------------------------------------------------------
 
 
-def phase_0_clone(run: Run, log: Log) -> None:
-    """Behaviour cloning, as many updates as the policy will get: the baseline to beat."""
-    args = run.args
+class Updates(NamedTuple):
+    """The steps of Algorithm 1: functions of tensors that neither draw nor look at values.
 
-    def update(k: int) -> dict[str, torch.Tensor]:
-        set_lr(run.optimizers["clone"], args.lr, k, args.updates, args.lr_decay)
-        batch, is_real = mix(run.data.sample(args.batch_size, run.rng), None)
-        loss, metrics = policy_loss(run.clone, None, batch, is_real, bc_lambda=1.0)
-        descend(run.optimizers["clone"], loss)
-        return {"bc": metrics["bc"]}
+    Rows are of D (B,), points of D_m (B,); with K seeds everything has a leading dimension K.
+    """
 
-    phase(run, log, "clone", "Phase 0: clone the data", args.updates, update)
+    clone: Callable  # rows -> metrics
+    world_model: Callable  # rows -> metrics
+    imagine: Callable  # rows, noise, dice -> rollout
+    policy: Callable  # rows, points, coin, draws -> metrics; the last three may be None
 
 
-def phase_1_world_model(run: Run, log: Log) -> None:
-    """Algorithm 1, lines 1-5."""
-    args = run.args
-
-    def update(k: int) -> dict[str, torch.Tensor]:
-        set_lr(run.optimizers["wm"], args.wm_lr, k, args.wm_updates, args.lr_decay)
-        batch = run.data.sample(args.wm_batch_size, run.rng)
-        loss, metrics = run.world_model.loss(batch, args.eq4_input)
-        descend(run.optimizers["wm"], loss)
-        return metrics
-
-    phase(run, log, "wm", "Phase 1: world model", args.wm_updates, update)
-
-
-def imagine(run: Run, actor: Actor) -> None:
-    """Phase 2, Algorithm 1, lines 8-22: one collection into D_m."""
-    args, started = run.args, time.time()
-    start = run.data.sample(args.rollouts, run.rng)
-    rollout = run.world_model.imagine(
-        lambda obs, avail: actor.explore(obs, avail, run.rng, args.epsilon),
-        start.obs, start.state, start.avail, args.horizon, run.rng, args.heads, args.clamp,
-    )  # fmt: skip
-    if args.uncertainty == "penalty":
-        rollout["reward"] = rollout["reward"] - args.penalty * rollout["u"]  # Eq. (1)
-    if not rollout["u"].isfinite().all():  # the one look at the values, once per collection
-        raise FloatingPointError(
-            f"Phase 2, policy update {run.progress['policy'] + 1}: u is not finite; the model's "
-            "rollouts diverge (--clamp keeps them in the data's range)."
-        )
-    rollout["u"] = rollout["u"] / args.u_scale  # Deviation D20
-    run.model_data.add(rollout, args.cap, weighted=args.uncertainty == "weight")
-    run.seconds["imagine"] += time.time() - started
-    run.imagined_rows += args.horizon * args.rollouts
-
-
-def phases_2_and_3_policy(run: Run, log: Log) -> None:
-    """Algorithm 1, lines 6-32: imagine, and improve the policy on real and imagined rows."""
-    args = run.args
-    if args.warm_start and run.progress["policy"] == 0:  # Deviation D18
-        run.actor.load_state_dict(run.clone.state_dict())
-        run.averaged.load_state_dict(run.clone.state_dict())
-    synthetic = imagined_rows(args)
+def make_updates(runs: Runs) -> Updates:
+    """Forward, backward, step; compiled or recorded where the flags ask for it."""
+    args, data, optimizers = runs.args, runs.data, runs.optimizers
     real_share = 1 - args.synthetic_fraction if args.mixing == "coin" else None
 
-    def draw() -> tuple:
-        if args.mixing == "coin":  # Algorithm 1, line 25: a batch is all real or all imagined
-            toss = torch.rand((), generator=run.rng, device=run.device)
-            fake = toss < args.synthetic_fraction
-            source = run.model_data if fake else run.data
-            batch = source.sample(args.batch_size, run.rng)
-            return batch, torch.full_like(batch.reward, float(not fake))
-        # Deviation D11: both in every batch
-        real = run.data.sample(args.batch_size - synthetic, run.rng)
-        return mix(real, run.model_data.sample(synthetic, run.rng) if synthetic else None)
+    def clone(rows):
+        batch = data.gather(rows)
+        is_real = torch.ones_like(batch.reward)
+        loss, metrics = each(policy_loss, runs.clone, None, batch, is_real, bc_lambda=1.0)
+        descend(optimizers["clone"], loss)
+        return {"bc": metrics["bc"]}
+
+    def world_model(rows):
+        loss, metrics = each(LogoWM.loss, runs.world_model, data.gather(rows), args.eq4_input)
+        descend(optimizers["wm"], loss)
+        return metrics
+
+    def rollout(model, actor, start: Batch, noise, dice):
+        return model.imagine(
+            lambda obs, avail, h: actor.explore(obs, avail, noise[h], args.epsilon),
+            start.obs, start.state, start.avail, dice, args.heads, args.clamp,
+        )  # fmt: skip
+
+    def imagine(rows, noise, dice):
+        return each(rollout, runs.world_model, runs.actor, data.gather(rows), noise, dice)
+
+    def blend(model_data, real: Batch, points, coin):
+        if coin is not None:  # Algorithm 1, line 25: a batch is all real or all imagined
+            return toss(real, model_data.gather(points), coin)
+        return mix(real, model_data.gather(points))  # Deviation D11: both in every batch
+
+    def policy(rows, points, coin, draws):
+        metrics, batch = {}, data.gather(rows)
+        is_real = torch.ones_like(batch.reward)
+        if points is not None:
+            batch, is_real = each(blend, runs.model_data, batch, points, coin)
+        if args.critic == "cql":
+            loss, parts = each(
+                critic_loss, runs.critic, runs.critic_target, runs.actor, batch, is_real,
+                args.gamma, args.cql_alpha, draws, args.conservative, args.conservative_on,
+                args.backup, args.bellman_on, real_share,
+            )  # fmt: skip
+            descend(optimizers["critic"], loss)
+            soft_update(runs.critic_target, runs.critic, args.tau)  # Deviation D19
+            metrics |= {f"q_{name}": value for name, value in parts.items()}
+        critic = runs.critic if args.critic == "cql" else None
+        loss, parts = each(  # Deviation D17: lambda
+            policy_loss, runs.actor, critic, batch, is_real, args.bc_lambda, args.normalise_q,
+            args.bc_on, real_share,
+        )  # fmt: skip
+        descend(optimizers["actor"], loss)
+        soft_update(runs.averaged, runs.actor, 1 - args.average)  # Deviation D13
+        return metrics | {f"pi_{name}": value for name, value in parts.items()}
+
+    updates = Updates(clone, world_model, imagine, policy)
+    if args.compile:
+        updates = Updates(*map(torch.compile, updates))
+    if args.cudagraphs:
+        updates = Updates(*map(CudaGraph, updates))
+    return updates
+
+
+def phase_0_clone(runs: Runs, logs: list[Log], updates: Updates) -> None:
+    """Behaviour cloning, as many updates as the policy will get: the baseline to beat."""
+    args = runs.args
+
+    def update(k: int) -> dict[str, torch.Tensor]:
+        set_lr(runs.optimizers["clone"], args.lr, k, args.updates, args.lr_decay)
+        return updates.clone(runs.draw(lambda run: run.data.draw(args.batch_size, run.rng)))
+
+    phase(runs, logs, "clone", "Phase 0: clone the data", args.updates, update)
+
+
+def phase_1_world_model(runs: Runs, logs: list[Log], updates: Updates) -> None:
+    """Algorithm 1, lines 1-5."""
+    args = runs.args
+
+    def update(k: int) -> dict[str, torch.Tensor]:
+        set_lr(runs.optimizers["wm"], args.wm_lr, k, args.wm_updates, args.lr_decay)
+        rows = runs.draw(lambda run: run.data.draw(args.wm_batch_size, run.rng))
+        return updates.world_model(rows)
+
+    phase(runs, logs, "wm", "Phase 1: world model", args.wm_updates, update)
+
+
+def imagine(runs: Runs, updates: Updates) -> None:
+    """Phase 2, Algorithm 1, lines 8-22: one collection into every run's D_m."""
+    args, started, size = runs.args, time.time(), (runs.args.horizon, runs.args.rollouts)
+    rollouts = updates.imagine(
+        runs.draw(lambda run: run.data.draw(args.rollouts, run.rng)),
+        runs.draw(lambda run: run.actor.noise((*size, *run.data.actions.shape[1:]), run.rng)),
+        runs.draw(lambda run: torch.rand(size, generator=run.rng, device=run.device)),
+    )
+    if not rollouts["u"].isfinite().all():  # the one look at the values, once per collection
+        raise FloatingPointError(
+            f"Phase 2, policy update {runs.progress['policy'] + 1}: u is not finite; the model's "
+            "rollouts diverge (--clamp keeps them in the data's range)."
+        )
+    for k, run in enumerate(runs):
+        rollout = {name: x[k] if len(runs) > 1 else x for name, x in rollouts.items()}
+        if args.uncertainty == "penalty":
+            rollout["reward"] = rollout["reward"] - args.penalty * rollout["u"]  # Eq. (1)
+        rollout["u"] = rollout["u"] / args.u_scale  # Deviation D20
+        run.model_data.add(rollout, args.cap, weighted=args.uncertainty == "weight")
+        run.imagined_rows += args.horizon * args.rollouts
+    runs.seconds["imagine"] += time.time() - started
+
+
+def phases_2_and_3_policy(runs: Runs, logs: list[Log], updates: Updates) -> None:
+    """Algorithm 1, lines 6-32: imagine, and improve the policy on real and imagined rows."""
+    args, synthetic = runs.args, imagined_rows(runs.args)
+    by_coin = synthetic and args.mixing == "coin"
+    real = args.batch_size - (0 if by_coin else synthetic)
+    imagined = args.batch_size if by_coin else synthetic
+    estimated = args.conservative == "logsumexp" and not runs[0].spec.discrete
+    for run in runs if args.warm_start and runs.progress["policy"] == 0 else []:
+        run.actor.load_state_dict(run.clone.state_dict())  # Deviation D18
+        run.averaged.load_state_dict(run.clone.state_dict())
+
+    def draws(run: Run) -> torch.Tensor:  # for the continuous log-sum-exp
+        return random_actions((args.batch_size, *run.data.actions.shape[1:]), run.rng)
+
+    def coin(run: Run) -> torch.Tensor:
+        side = torch.rand((), generator=run.rng, device=run.device)
+        return (side < args.synthetic_fraction).float()
 
     def update(k: int) -> dict[str, torch.Tensor]:
         if synthetic and k % args.collect_every == 0:  # Phase 2
-            recipe = {"rng": run.rng.get_state(), "actor": copy.deepcopy(run.actor.state_dict())}
-            run.recipes.append(recipe)
-            imagine(run, run.actor)
-        metrics = {}  # Phase 3
-        batch, is_real = draw()
-        if args.critic == "cql":
-            set_lr(run.optimizers["critic"], args.lr, k, args.updates, args.lr_decay)
-            loss, parts = critic_loss(
-                run.critic, run.critic_target, run.actor, batch, is_real, args.gamma,
-                args.cql_alpha, run.rng, args.conservative, args.conservative_on, args.backup,
-                args.bellman_on, real_share,
-            )  # fmt: skip
-            descend(run.optimizers["critic"], loss)
-            soft_update(run.critic_target, run.critic, args.tau)  # Deviation D19
-            metrics |= {f"q_{name}": value for name, value in parts.items()}
-        set_lr(run.optimizers["actor"], args.lr, k, args.updates, args.lr_decay)
-        critic = run.critic if args.critic == "cql" else None
-        loss, parts = policy_loss(  # Deviation D17: lambda
-            run.actor, critic, batch, is_real, args.bc_lambda, args.normalise_q, args.bc_on,
-            real_share,
-        )  # fmt: skip
-        descend(run.optimizers["actor"], loss)
-        soft_update(run.averaged, run.actor, 1 - args.average)  # Deviation D13
-        metrics |= {f"pi_{name}": value for name, value in parts.items()}
-        if synthetic:
-            metrics["ess"] = run.model_data.ess
-        return metrics
+            for run in runs:
+                run.recipes.append({"rng": run.rng.get_state(), "actor": weights(run.actor)})
+            imagine(runs, updates)
+        for name in ("critic", "actor"):  # Phase 3
+            set_lr(runs.optimizers[name], args.lr, k, args.updates, args.lr_decay)
+        metrics = updates.policy(
+            runs.draw(lambda run: run.data.draw(real, run.rng)),
+            runs.draw(lambda run: run.model_data.draw(imagined, run.rng)) if synthetic else None,
+            runs.draw(coin) if by_coin else None,
+            runs.draw(draws) if estimated else None,
+        )
+        ess = {"ess": runs.draw(lambda run: run.model_data.ess)} if synthetic else {}
+        return metrics | ess
 
-    def score(k: int) -> dict[str, float]:
-        seed = 10**6 * (args.seed + 1) + k  # other episodes every time
-        result = evaluate(run, run.averaged, seed, args.eval_episodes)
-        run.evaluations.append({"update": k + 1, **result})
-        return {name: value for name, value in result.items() if value is not None}
+    def score(k: int) -> list[dict[str, float]]:
+        scores = evaluate(runs, "averaged", k, args.eval_episodes)  # other episodes every time
+        for run, score in zip(runs, scores, strict=True):
+            run.evaluations.append({"update": k + 1, **score})
+        return [{name: x for name, x in score.items() if x is not None} for score in scores]
 
     title = "Phases 2, 3: imagine, improve" if synthetic else "Phase 3: improve the policy"
-    phase(run, log, "policy", title, args.updates, update, score if run.env else None)
+    phase(runs, logs, "policy", title, args.updates, update, score if runs.env else None)
 
 
-def main(args: Args) -> dict:
-    """Train, evaluate, report; returns the content of final.json."""
+def main(args: Args) -> list[dict]:
+    """Train, evaluate, report; returns the content of every seed's final.json."""
     check(args)
-    started = time.time()
-    probe = (args.out or Path("runs")) / f".{os.getpid()}.probe"  # can this folder be written?
-    datasets.write_atomic(probe, b"")
-    probe.unlink()
-    data, facts, env, spec = prepare(args)
-    source = args.quality
-    if args.dataset:  # many public files have the same name
-        source = f"{args.dataset.resolve().stem}-{facts['sha256'][:6]}"
-    name = f"{args.env_id}-{source}-{spec.backend}-{method(args)}-seed{args.seed}"
-    folder = args.out or Path("runs") / name
-    print(f"run {folder}")
-    run = build(args, folder, data, facts, env, spec)
-    run.started = started
+    runs = begin(args)
+    updates = make_updates(runs)
     if args.resume:
-        load_checkpoint(run, imagine)
+        load_checkpoint(runs, lambda: imagine(runs, updates))
     else:
-        for old in (p for k in report.FILES for p in folder.glob(k)):
+        for old in (p for run in runs for k in report.FILES for p in run.folder.glob(k)):
             print(f"replacing {old}")
             old.unlink()
-        save_checkpoint(run)  # so that --resume works from the first moment
-    log = Log(folder, run.progress, plain(args), args.track)
-    phase_0_clone(run, log)
+        save_checkpoint(runs)  # so that --resume works from the first moment
+    logs = [Log(run.folder, run.progress, plain(run.args), args.track) for run in runs]
+    phase_0_clone(runs, logs, updates)
     if args.synthetic_fraction > 0:
-        phase_1_world_model(run, log)
-    phases_2_and_3_policy(run, log)
-    log.tensorboard.close()
-    return report.finish(run, method(args), commit())
+        phase_1_world_model(runs, logs, updates)
+    phases_2_and_3_policy(runs, logs, updates)
+    for log in logs:
+        log.tensorboard.close()
+    return report.finish(runs, method(args), commit())
 
 
 def defaults(env_id: str) -> Args:
@@ -323,7 +376,7 @@ def defaults(env_id: str) -> Args:
     return Args(env_id, **CONTINUOUS) if envs.is_robot(env_id) else Args(env_id)
 
 
-def cli(argv: list[str] | None = None) -> dict:
+def cli(argv: list[str] | None = None) -> list[dict]:
     """`main` from the command line: an error is one sentence and a non-zero exit."""
     start = defaults(collect.task_of(argv, Args.env_id))
     try:
