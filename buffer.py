@@ -3,7 +3,7 @@
   OfflineDataset   D:   recorded episodes, drawn uniformly; some episodes are held out for testing
   SyntheticBuffer  D_m: the latest collections of imagined rollouts, drawn with Eq. (7):
                         w = softmax(P_u),  P_u = clip(C - u, [0, C]),  u = the model's doubt
-  mix, toss        one training batch out of both (Algorithm 1, lines 24-29)
+  mix              one training batch out of both (Algorithm 1, lines 24-29)
 
 Both keep each observation once: a row's successor is another row. Drawing from D_m
 costs one binary search a row in the cumulative weights, which are summed once per collection;
@@ -191,22 +191,24 @@ class SyntheticBuffer(nn.Module):
         return self.gather(self.draw(size, generator))
 
 
-def mix(real: Batch, synthetic: Batch | None) -> tuple[Batch, torch.Tensor]:
-    """One batch of both, the real rows first; and (B,) 1 where a row is real."""
+def mix(
+    real: Batch, synthetic: Batch | None, coin: torch.Tensor | None = None
+) -> tuple[Batch, torch.Tensor]:
+    """One batch of both, the real rows first; and (B,) 1 where a row is real.
+
+    Args:
+        coin: () 0 or 1 makes it a batch of one kind: all real, or all synthetic (Algorithm 1, line
+            25). Both are then of size B; choosing without looking at the coin spares a host sync.
+    """
+    ones = torch.ones_like(real.reward)
     if synthetic is None:
-        return real, torch.ones_like(real.reward)
-    both = [None if a is None else torch.cat([a, b]) for a, b in zip(real, synthetic, strict=True)]
-    is_real = torch.cat([torch.ones_like(real.reward), torch.zeros_like(synthetic.reward)])
-    return Batch(*both), is_real
-
-
-def toss(real: Batch, synthetic: Batch, coin: torch.Tensor) -> tuple[Batch, torch.Tensor]:
-    """One batch of either: synthetic where coin () is 1; and (B,) 1 where a row is real."""
-    one = [
-        None if a is None else torch.where(coin > 0, b, a)
-        for a, b in zip(real, synthetic, strict=True)
-    ]
-    return Batch(*one), (1 - coin).expand_as(real.reward)
+        return real, ones
+    pairs = zip(real, synthetic, strict=True)
+    if coin is not None:
+        either = [None if a is None else torch.where(coin > 0, b, a) for a, b in pairs]
+        return Batch(*either), ones * (1 - coin)
+    both = [None if a is None else torch.cat([a, b]) for a, b in pairs]
+    return Batch(*both), torch.cat([ones, torch.zeros_like(synthetic.reward)])
 
 
 def _self_check():

@@ -127,3 +127,17 @@ def load_checkpoint(runs: "Runs", imagine: Callable) -> None:
         run.evaluations, run.imagined_rows = state["evaluations"], state["imagined_rows"]
         run.rng.set_state(state["rng"].cpu())
         run.started -= run.seconds["total"]  # the time of the run, not of the process
+
+
+def take_up(runs: "Runs", files: tuple[str, ...], imagine: Callable) -> None:
+    """Go on from the checkpoints where --resume says so, else start afresh in the folders.
+
+    Args:
+        files: patterns of what an earlier run may have left there. imagine: see `load_checkpoint`.
+    """
+    if runs.args.resume:
+        return load_checkpoint(runs, imagine)
+    for old in (path for run in runs for pattern in files for path in run.folder.glob(pattern)):
+        print(f"replacing {old}")
+        old.unlink()
+    save_checkpoint(runs)  # so that --resume works from the first moment

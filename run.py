@@ -104,6 +104,10 @@ class Runs(list[Run]):
         draws = [random(run) for run in self]
         return draws[0] if len(self) == 1 else torch.stack(draws)
 
+    def rows(self, size: int) -> torch.Tensor:
+        """Rows of D (B,), or (K,B)."""
+        return self.draw(lambda run: run.data.draw(size, run.rng))
+
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, done: int, total: int, decay: bool) -> None:
     """The step size after `done` of `total` updates: constant, or falling linearly to zero."""

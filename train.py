@@ -25,8 +25,8 @@ import tyro
 import collect
 import envs
 import report
-from buffer import Batch, mix, toss
-from checkpoint import load_checkpoint, plain, save_checkpoint, weights
+from buffer import Batch, mix
+from checkpoint import plain, take_up, weights
 from fast import CudaGraph, each
 from logo_wm import LogoWM
 from macql import critic_loss, policy_loss, random_actions, soft_update
@@ -224,9 +224,7 @@ def make_updates(runs: Runs) -> Updates:
         return each(rollout, runs.world_model, runs.actor, data.gather(rows), noise, dice)
 
     def blend(model_data, real: Batch, points, coin):
-        if coin is not None:  # Algorithm 1, line 25: a batch is all real or all imagined
-            return toss(real, model_data.gather(points), coin)
-        return mix(real, model_data.gather(points))  # Deviation D11: both in every batch
+        return mix(real, model_data.gather(points), coin)
 
     def policy(rows, points, coin, draws):
         metrics, batch = {}, data.gather(rows)
@@ -265,7 +263,7 @@ def phase_0_clone(runs: Runs, logs: list[Log], updates: Updates) -> None:
 
     def update(k: int) -> dict[str, torch.Tensor]:
         set_lr(runs.optimizers["clone"], args.lr, k, args.updates, args.lr_decay)
-        return updates.clone(runs.draw(lambda run: run.data.draw(args.batch_size, run.rng)))
+        return updates.clone(runs.rows(args.batch_size))
 
     phase(runs, logs, "clone", "Phase 0: clone the data", args.updates, update)
 
@@ -276,8 +274,7 @@ def phase_1_world_model(runs: Runs, logs: list[Log], updates: Updates) -> None:
 
     def update(k: int) -> dict[str, torch.Tensor]:
         set_lr(runs.optimizers["wm"], args.wm_lr, k, args.wm_updates, args.lr_decay)
-        rows = runs.draw(lambda run: run.data.draw(args.wm_batch_size, run.rng))
-        return updates.world_model(rows)
+        return updates.world_model(runs.rows(args.wm_batch_size))
 
     phase(runs, logs, "wm", "Phase 1: world model", args.wm_updates, update)
 
@@ -286,7 +283,7 @@ def imagine(runs: Runs, updates: Updates) -> None:
     """Phase 2, Algorithm 1, lines 8-22: one collection into every run's D_m."""
     args, started, size = runs.args, time.time(), (runs.args.horizon, runs.args.rollouts)
     rollouts = updates.imagine(
-        runs.draw(lambda run: run.data.draw(args.rollouts, run.rng)),
+        runs.rows(args.rollouts),
         runs.draw(lambda run: run.actor.noise((*size, *run.data.actions.shape[1:]), run.rng)),
         runs.draw(lambda run: torch.rand(size, generator=run.rng, device=run.device)),
     )
@@ -308,9 +305,9 @@ def imagine(runs: Runs, updates: Updates) -> None:
 def phases_2_and_3_policy(runs: Runs, logs: list[Log], updates: Updates) -> None:
     """Algorithm 1, lines 6-32: imagine, and improve the policy on real and imagined rows."""
     args, synthetic = runs.args, imagined_rows(runs.args)
-    by_coin = synthetic and args.mixing == "coin"
-    real = args.batch_size - (0 if by_coin else synthetic)
-    imagined = args.batch_size if by_coin else synthetic
+    real, by_coin = args.batch_size - synthetic, synthetic and args.mixing == "coin"
+    if by_coin:  # Deviation D11: both in every batch; Algorithm 1, line 25: a coin says which
+        real = synthetic = args.batch_size
     estimated = args.conservative == "logsumexp" and not runs[0].spec.discrete
     for run in runs if args.warm_start and runs.progress["policy"] == 0 else []:
         run.actor.load_state_dict(run.clone.state_dict())  # Deviation D18
@@ -331,8 +328,8 @@ def phases_2_and_3_policy(runs: Runs, logs: list[Log], updates: Updates) -> None
         for name in ("critic", "actor"):  # Phase 3
             set_lr(runs.optimizers[name], args.lr, k, args.updates, args.lr_decay)
         metrics = updates.policy(
-            runs.draw(lambda run: run.data.draw(real, run.rng)),
-            runs.draw(lambda run: run.model_data.draw(imagined, run.rng)) if synthetic else None,
+            runs.rows(real),
+            runs.draw(lambda run: run.model_data.draw(synthetic, run.rng)) if synthetic else None,
             runs.draw(coin) if by_coin else None,
             runs.draw(draws) if estimated else None,
         )
@@ -354,13 +351,7 @@ def main(args: Args) -> list[dict]:
     check(args)
     runs = begin(args)
     updates = make_updates(runs)
-    if args.resume:
-        load_checkpoint(runs, lambda: imagine(runs, updates))
-    else:
-        for old in (p for run in runs for k in report.FILES for p in run.folder.glob(k)):
-            print(f"replacing {old}")
-            old.unlink()
-        save_checkpoint(runs)  # so that --resume works from the first moment
+    take_up(runs, report.FILES, lambda: imagine(runs, updates))
     logs = [Log(run.folder, run.progress, plain(run.args), args.track) for run in runs]
     phase_0_clone(runs, logs, updates)
     if args.synthetic_fraction > 0:
