@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
 class _Call(nn.Module):
@@ -73,13 +73,14 @@ def each(function: Callable, *args, **settings):
             is a Stack there is one seed: the function is called as it is.
         settings: the same for all seeds.
     Returns:
-        what the function returns, tensors, each with a leading dimension K.
+        what the function returns, tensors (or None), each with a leading dimension K.
     """
     stacks = {i: a for i, a in enumerate(args) if isinstance(a, Stack)}
     if not stacks:
         return function(*args, **settings)
     inputs = [stacks[i].tensors() if i in stacks else a for i, a in enumerate(args)]
     dims = tree_map(lambda x: 0 if isinstance(x, torch.Tensor) else None, inputs)
+    form = []  # of the result: its tree, and which leaves are None, which vmap cannot return
 
     def one(*inputs):
         def fill(i: int, filled: tuple):  # put the weights of one Stack after the other in place
@@ -89,9 +90,13 @@ def each(function: Callable, *args, **settings):
                 return fill(i + 1, (*filled, inputs[i]))
             return stacks[i].use(inputs[i], lambda module: fill(i + 1, (*filled, module)))
 
-        return fill(0, ())
+        leaves, tree = tree_flatten(fill(0, ()))
+        form[:] = tree, [leaf is not None for leaf in leaves]
+        return [leaf for leaf in leaves if leaf is not None]
 
-    return torch.vmap(one, in_dims=tuple(dims))(*inputs)
+    tensors = iter(torch.vmap(one, in_dims=tuple(dims))(*inputs))
+    tree, filled = form
+    return tree_unflatten([next(tensors) if f else None for f in filled], tree)
 
 
 class CudaGraph:
