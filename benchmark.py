@@ -1,7 +1,7 @@
 """How fast LOGO is: against an ensemble, against the machine's limits, and as the sizes grow.
 
   python benchmark.py speed                                   a CPU, one thread: some minutes
-  python benchmark.py speed --device cuda                     a GPU
+  python benchmark.py speed --device cuda --compiled          a GPU, in every mode that it has
   python benchmark.py speed --offlinerl-kit OfflineRL-Kit     against public code, too, after
       git clone https://github.com/yihaosun1124/OfflineRL-Kit
   python benchmark.py table                                   the results as a table in Markdown
@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -40,9 +40,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import datasets
-from buffer import Batch, SyntheticBuffer
+import envs
+import train
+from buffer import Batch, OfflineDataset, SyntheticBuffer
+from fast import CudaGraph
 from logo_wm import LogoWM
-from prepare import commit
+from prepare import build, commit, imagined_rows
+from run import Runs
 
 RESULTS = Path(__file__).parent / "results" / "speed.csv"
 MAPS = {  # N, O, S, A as SMAX shows them
@@ -51,7 +55,21 @@ MAPS = {  # N, O, S, A as SMAX shows them
     "5m_vs_6m": (5, 140, 132, 11),
     "6h_vs_8z": (6, 179, 168, 13),
 }
+TASK = "3s_vs_5z"  # where nothing else is said
+AXES = {  # of `growth`
+    "agents": (3, 6, 12, 24, 30),
+    "batch": (64, 128, 256, 512, 1024),
+    "horizon": (5, 10, 20, 40),
+    "rows": (10**4, 10**5, 10**6, 10**7),
+}
+MODES = {  # flags of train.py
+    "eager": {},
+    "compiled": {"compile": True},
+    "graph": {"cudagraphs": True},
+    "compiled graph": {"compile": True, "cudagraphs": True},
+}
 LIMITS = "matrix product 1024^3", "Adam"  # what the machine itself can do
+TRAINING = "world-model update", "policy update", "imagine with the policy into D_m"
 
 
 @dataclasses.dataclass
@@ -62,7 +80,7 @@ class Row:
     implementation: str  # by which code
     task: str = ""  # whose dimensions it has
     grows: str = ""  # the column that is varied, see `growth`
-    mode: str = "eager"  # or compiled, or graph: CUDA graphs
+    mode: str = "eager"  # or another of `MODES`; graph: CUDA graphs
     seeds: int = 1  # computed at once
     agents: int | None = None  # N
     batch: int | None = None  # B
@@ -84,6 +102,14 @@ class Row:
     versions: str = ""
 
 
+class Entry(NamedTuple):
+    """What takes part in a race."""
+
+    row: Row  # to be filled in
+    function: Callable  # is timed
+    units: float  # of work in a call
+
+
 @dataclasses.dataclass
 class Clock:
     """Times functions on a device; `limits` are those that `machine_limits` found."""
@@ -92,6 +118,7 @@ class Clock:
     repetitions: int = 5
     least: float = 0.3  # seconds a repetition
     limits: dict[str, float] = dataclasses.field(default_factory=dict)
+    flop: dict[tuple, int] = dataclasses.field(default_factory=dict)  # in a call of some work
 
     def seconds(self, function: Callable, calls: int) -> float:
         """Mean time of a call."""
@@ -103,29 +130,35 @@ class Clock:
         wait()
         return (time.perf_counter() - started) / calls
 
-    def race(self, entries: list[tuple[Row, Callable, float]]) -> list[Row]:
-        """Fill in the rows of some functions, timed in turn.
-
-        Args:
-            entries: (row, function, units of work in a call).
-        """
-        flop, calls = [], []
+    def race(self, entries: list[Entry]) -> list[Row]:
+        """Time some functions in turn; returns their rows."""
+        calls = []
         for row, function, _ in entries:
-            row.peak_memory_mb = peak_memory_mb(function, self.device)  # and warms it up
-            flop.append(count_flop(function))
+            row.peak_memory_mb = peak_memory_mb(function, self.device)  # warms it up, too
+            if row.mode == "eager":  # nothing else can be counted, and does the same
+                self.flop[work(row)] = count_flop(function)
             calls.append(max(1, math.ceil(self.least / self.seconds(function, 1))))
-        times = np.array([
-            [self.seconds(function, n) for (_, function, _), n in zip(entries, calls, strict=True)]
-            for _ in range(self.repetitions)
-        ])  # fmt: skip
-        for (row, _, units), t, work in zip(entries, times.T, flop, strict=True):
+        rounds = []
+        for _ in range(self.repetitions):
+            pairs = zip(entries, calls, strict=True)
+            rounds.append([self.seconds(entry.function, n) for entry, n in pairs])
+        for (row, _, units), t in zip(entries, np.array(rounds).T, strict=True):
             row.seconds = float(np.median(t))
             row.spread = float(t.max() - t.min()) / 2 / row.seconds
             row.rate = units / row.seconds
-            if work:
-                row.gflops = work / row.seconds / 1e9
+            if flop := self.flop[work(row)]:
+                row.gflops = flop / row.seconds / 1e9
                 row.share_of_peak = row.gflops / self.limits.get("gflops", row.gflops)
-        return [row for row, _, _ in entries]
+            if "update" in row.what:
+                adam = row.parameters * self.limits["adam"]
+                row.share_of_bound = row.share_of_peak + adam / row.seconds
+        return [entry.row for entry in entries]
+
+
+def work(row: Row) -> tuple:
+    """What is computed, in whichever mode."""
+    sizes = row.seeds, row.agents, row.batch, row.horizon, row.rows
+    return row.what, row.implementation, row.task, sizes
 
 
 def count_flop(function: Callable) -> int:
@@ -136,17 +169,19 @@ def count_flop(function: Callable) -> int:
 
 
 def peak_memory_mb(function: Callable, device: torch.device) -> float | None:
-    """The most memory in use during a call; None where the system does not tell."""
+    """The most memory in use during the first calls; None where the system does not tell."""
+    calls = range(5)  # CUDA graphs are recorded at the fourth
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        function()
+        for _ in calls:
+            function()
         return torch.cuda.max_memory_allocated() / 1e6
+    function()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
         function()
         status = Path("/proc/self/status").read_text()
     except OSError:
-        function()
         return None
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
@@ -218,6 +253,13 @@ class Ensemble(nn.Module):
             "penalty": penalty,
         }
 
+    def rollout(self, obs: torch.Tensor, actions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """H steps, each from what the one before it predicted; the last one's outcome."""
+        for chosen in actions:
+            out = self.step(obs, chosen)
+            obs = out["next_obs"]
+        return out
+
 
 def load_kit(checkout: Path) -> tuple[Callable, str]:
     """(obs, actions, hidden, device) -> OfflineRL-Kit's EnsembleDynamics; and the code's commit.
@@ -261,12 +303,12 @@ def machine_limits(clock: Clock) -> list[Row]:
     """What the machine can do: one large matrix product, and Adam on one tensor."""
     device = clock.device
     a, b = (torch.randn(1024, 1024, device=device) for _ in range(2))
-    weights = torch.randn(parameters(LogoWM(*MAPS["3s_vs_5z"])), device=device, requires_grad=True)
+    weights = torch.randn(parameters(LogoWM(*MAPS[TASK])), device=device, requires_grad=True)
     weights.grad = torch.randn_like(weights)
     adam = torch.optim.AdamW([weights], fused=True)
     product = Row(LIMITS[0], "torch.mm, float32", unit="products/s")
     update = Row(LIMITS[1], "AdamW(fused), one tensor", unit="steps/s", parameters=len(weights))
-    rows = clock.race([(product, lambda: torch.mm(a, b), 1), (update, adam.step, 1)])
+    rows = clock.race([Entry(product, lambda: torch.mm(a, b), 1), Entry(update, adam.step, 1)])
     clock.limits = {"gflops": product.gflops, "adam": update.seconds / len(weights)}
     return rows
 
@@ -275,125 +317,157 @@ def imagination(clock: Clock, task: str, kit: tuple | None, quick: bool) -> list
     """Rollouts with actions that were chosen beforehand: LOGO against ensembles."""
     n, o, s, a = MAPS[task]
     batch, horizon, widths = (8, 2, (16,)) if quick else (500, 10, (200, 256))
-    device = clock.device
-    actions = F.one_hot(torch.randint(a, (horizon, batch, n)), a).float().to(device)
-    joint_actions, dim = actions.flatten(2), s + n * o
+    device, dim = clock.device, s + n * o
     start = torch.randn(batch, dim, device=device)
-    entries = [logo_rollout(device, task, MAPS[task], batch, actions, 16 if quick else 256)]
+    actions = random_actions(device, horizon, batch, n, a).flatten(2)
+    entries = [logo_rollout(device, task, MAPS[task], batch, horizon, 16 if quick else 256)]
 
     def enter(name: str, model: nn.Module, rollout: Callable) -> None:
         row = Row("imagine", name, task, agents=n, batch=batch, horizon=horizon, unit="rows/s")
         row.parameters = parameters(model)
-        entries.append((row, rollout, batch * horizon))
+        entries.append(Entry(row, rollout, batch * horizon))
 
-    def feed_back(model: Ensemble) -> None:
-        obs = start
-        for chosen in joint_actions:
-            obs = model.step(obs, chosen)["next_obs"]
-
-    def feed_back_kit(dynamics, obs: np.ndarray, joint_actions: np.ndarray) -> None:
-        for chosen in joint_actions:
+    def public_rollout(dynamics, obs: np.ndarray, actions: np.ndarray) -> None:
+        for chosen in actions:
             obs = dynamics.step(obs, chosen)[0]
 
     for width in widths:
         for how in ("batched", "looped"):
             model = Ensemble(dim, n * a, width, looped=how == "looped").to(device)
-            enter(f"ensemble 7 x [{width}]*4, {how}", model, partial(feed_back, model))
-        if kit:
-            make, version = kit
-            dynamics = make(dim, n * a, width, device)
-            arrays = start.numpy(force=True), joint_actions.numpy(force=True)
-            rollout = partial(feed_back_kit, dynamics, *arrays)
-            enter(f"OfflineRL-Kit {version}, 7 x [{width}]*4", dynamics.model, rollout)
+            enter(f"ensemble 7 x [{width}]*4, {how}", model, partial(model.rollout, start, actions))
+    if device.type == "cuda":  # the same, recorded
+        for row, f, units in entries.copy():
+            recorded = partial(CudaGraph(f.func), *f.args)
+            entries.append(Entry(dataclasses.replace(row, mode="graph"), recorded, units))
+    for width in widths if kit else ():
+        make, version = kit
+        public = make(dim, n * a, width, device)
+        rollout = partial(public_rollout, public, start.numpy(force=True))
+        name = f"OfflineRL-Kit {version}, 7 x [{width}]*4"
+        enter(name, public.model, partial(rollout, actions.numpy(force=True)))
     return clock.race(entries)
 
 
-def logo_rollout(device, task, sizes, batch, actions, hidden=256) -> tuple[Row, Callable, float]:
-    """An entry of a race: H steps of LOGO, each from what the one before it predicted."""
-    n, o, s, _ = sizes
+def random_actions(device: torch.device, *shape: int) -> torch.Tensor:
+    """One-hot, (..., A)."""
+    return F.one_hot(torch.randint(shape[-1], shape[:-1], device=device), shape[-1]).float()
+
+
+def logo_rollout(device, task, sizes, batch, horizon, hidden=256) -> Entry:
+    """H steps of LOGO, each from what the one before it predicted."""
+    n, o, s, a = sizes
     model = LogoWM(*sizes, hidden).to(device)
     obs, state = torch.randn(batch, n, o, device=device), torch.randn(batch, s, device=device)
+    actions = random_actions(device, horizon, batch, n, a)
 
-    def rollout() -> None:
-        now = {"next_obs": obs, "next_state": state}
+    def rollout(obs, state, actions) -> dict[str, torch.Tensor]:
         for chosen in actions:
-            now = model.step(now["next_obs"], now["next_state"], chosen)
+            out = model.step(obs, state, chosen)
+            obs, state = out["next_obs"], out["next_state"]
+        return out
 
-    row = Row("imagine", "LOGO", task, agents=n, batch=batch, horizon=len(actions), unit="rows/s")
+    row = Row("imagine", "LOGO", task, agents=n, batch=batch, horizon=horizon, unit="rows/s")
     row.parameters = parameters(model)
-    return row, rollout, batch * len(actions)
+    return Entry(row, partial(rollout, obs, state, actions), batch * horizon)
 
 
-def logo_update(device, task, sizes, batch, hidden=256) -> tuple[Row, Callable, float]:
-    """An entry of a race: a gradient step on the world model."""
+def logo_update(device, task, sizes, batch, hidden=256) -> Entry:
+    """A gradient step on the world model, on a batch that is there already."""
     n, o, s, a = sizes
     model = LogoWM(*sizes, hidden).to(device)
     adam = torch.optim.AdamW(model.parameters(), fused=True)
-    x = partial(torch.rand, device=device)
-    chosen = F.one_hot(torch.randint(a, (batch, n), device=device), a).float()
-    may, over = torch.ones(batch, n, a, device=device), torch.zeros(batch, device=device)
-    now, then = (x(batch, n, o), x(batch, s)), (x(batch, n, o), x(batch, s))
-    transitions = Batch(*now, chosen, may, x(batch), *then, may, over)
+    x, may = partial(torch.rand, device=device), torch.ones(batch, n, a, device=device)
+    now, then = ((x(batch, n, o), x(batch, s)) for _ in range(2))
+    actions, over = random_actions(device, batch, n, a), torch.zeros(batch, device=device)
+    transitions = Batch(*now, actions, may, x(batch), *then, may, over)
 
     def update() -> None:
         adam.zero_grad()
         model.loss(transitions)[0].backward()
         adam.step()
 
-    row = Row("world-model update", "LOGO", task, agents=n, batch=batch, unit="updates/s")
+    row = Row(TRAINING[0], "LOGO", task, agents=n, batch=batch, unit="updates/s")
     row.parameters = parameters(model)
-    return row, update, 1
+    return Entry(row, update, 1)
+
+
+def draw_from_d_m(device, rows: int, batch: int) -> Entry:
+    """Draw a batch from a D_m of so many rows, small ones."""
+    horizon, m = 10, rows // 10
+    d_m = SyntheticBuffer(1, horizon, m, 1, 1, 1, 1, device, discrete=False)
+    x = partial(torch.rand, device=device)
+    steps = {name: x(horizon, m) for name in ("reward", "terminated", "u")}
+    steps |= {"actions": x(horizon, m, 1, 1), "filled": torch.ones(horizon, m, device=device)}
+    d_m.add(steps | {"obs": x(horizon + 1, m, 1, 1), "state": x(horizon + 1, m, 1)}, cap=1.0)
+    g = torch.Generator(device).manual_seed(0)
+    row = Row("draw from D_m", "LOGO", agents=1, batch=batch, rows=rows, unit="draws/s")
+    return Entry(row, lambda: d_m.sample(batch, g), 1)
 
 
 def growth(clock: Clock, axis: str, quick: bool) -> list[Row]:
     """The same work in several sizes along one axis, a column of `Row`."""
-    task = "3s_vs_5z"
-    n, *others = MAPS[task]
-    hidden, batch, horizon = (16, 8, 2) if quick else (256, 256, 10)
-    sizes = {
-        "agents": (3, 6, 12, 24, 30),
-        "batch": (64, 128, 256, 512, 1024),
-        "horizon": (5, 10, 20, 40),
-        "rows": (10**4, 10**5, 10**6, 10**7),
-    }[axis][: 2 if quick else None]
-    entries = []
-    for size in sizes:
-        agents = size if axis == "agents" else n
-        b = size if axis == "batch" else batch
-        steps = size if axis == "horizon" else horizon
+    n, *others = MAPS[TASK]
+    usual = {"agents": n, "batch": 8 if quick else 256, "horizon": 2 if quick else 10}
+    hidden, entries = 16 if quick else 256, []
+    for size in AXES[axis][: 2 if quick else None]:
         if axis == "rows":
             entries.append(draw_from_d_m(clock.device, size, 128))
             continue
-        shape = (agents, *others)
-        chosen = F.one_hot(torch.randint(others[-1], (steps, b, agents)), others[-1])
-        chosen = chosen.float().to(clock.device)
-        entries.append(logo_rollout(clock.device, task, shape, b, chosen, hidden))
+        agents, batch, horizon = (usual | {axis: size}).values()
+        sizes = (agents, *others)
+        entries.append(logo_rollout(clock.device, TASK, sizes, batch, horizon, hidden))
         if axis != "horizon":
-            entries.append(logo_update(clock.device, task, shape, b, hidden))
-    rows = clock.race(entries)
-    for row in rows:
-        row.grows = axis
-        if "update" in row.what:
-            adam = row.parameters * clock.limits["adam"]
-            row.share_of_bound = row.share_of_peak + adam / row.seconds
-    return rows
+            entries.append(logo_update(clock.device, TASK, sizes, batch, hidden))
+    for entry in entries:
+        entry.row.grows = axis
+    return clock.race(entries)
 
 
-def draw_from_d_m(device, rows: int, batch: int) -> tuple[Row, Callable, float]:
-    """An entry of a race: draw a batch from a D_m of so many rows, small ones."""
-    horizon = 10
-    m = rows // horizon
-    d_m = SyntheticBuffer(1, horizon, m, 1, 1, 1, 1, device)
-    x = partial(torch.rand, device=device)
-    d_m.add({
-        "obs": x(horizon + 1, m, 1, 1), "state": x(horizon + 1, m, 1),
-        "avail": x(horizon + 1, m, 1, 1), "actions": x(horizon, m, 1, 1),
-        "reward": x(horizon, m), "terminated": x(horizon, m), "u": x(horizon, m),
-        "filled": torch.ones(horizon, m, device=device),
-    }, cap=1.0)  # fmt: skip
-    g = torch.Generator(device).manual_seed(0)
-    row = Row("draw from D_m", "LOGO", agents=1, batch=batch, rows=rows, unit="draws/s")
-    return row, lambda: d_m.sample(batch, g), 1
+def training(clock: Clock, seeds: int, mode: str, quick: bool) -> list[Row]:
+    """What train.py does in Phases 1 to 3, draws included, for some seeds at once."""
+    n, o, s, a = MAPS[TASK]
+    args = train.Args(TASK, num_seeds=seeds, **MODES[mode])
+    if quick:
+        small = {"rollouts": 8, "horizon": 2, "batch_size": 8, "wm_batch_size": 8}
+        args = dataclasses.replace(args, **small, hidden=16, wm_hidden=16)
+    data = random_data(clock.device, MAPS[TASK])
+    spec = envs.Spec(TASK, "offline", n, o, s, a, True, int(data.lengths.max()))
+    of_seed = [dataclasses.replace(args, seed=k) for k in range(seeds)]
+    runs = Runs([build(of_k, Path(), data, {}, None, spec) for of_k in of_seed])
+    updates, synthetic = train.make_updates(runs), imagined_rows(args)
+    train.imagine(runs, updates)  # so that there is something to draw from D_m
+
+    def world_model():
+        updates.world_model(runs.rows(args.wm_batch_size))
+
+    def policy():
+        points = runs.draw(lambda run: run.model_data.draw(synthetic, run.rng))
+        updates.policy(runs.rows(args.batch_size - synthetic), points, None, None)
+
+    def learning(*optimizers: str) -> int:  # parameters
+        groups = [group for name in optimizers for group in runs.optimizers[name].param_groups]
+        return sum(p.numel() for group in groups for p in group["params"])
+
+    row = Row("", "LOGO", TASK, mode=mode, seeds=seeds, agents=n, unit="updates/s")
+    rows = [dataclasses.replace(row, what=what) for what in TRAINING]
+    rows[0].batch, rows[0].parameters = args.wm_batch_size, learning("wm")
+    rows[1].batch, rows[1].parameters = args.batch_size, learning("actor", "critic")
+    rows[2].batch, rows[2].horizon, rows[2].unit = args.rollouts, args.horizon, "rows/s"
+    return clock.race([
+        Entry(rows[0], world_model, seeds),
+        Entry(rows[1], policy, seeds),
+        Entry(rows[2], lambda: train.imagine(runs, updates), seeds * args.rollouts * args.horizon),
+    ])  # fmt: skip
+
+
+def random_data(device: torch.device, sizes: tuple[int, ...]) -> OfflineDataset:
+    """D of 100 episodes of 60 steps."""
+    n, o, s, a = sizes
+    lengths = [60] * 100
+    size = sum(lengths) + len(lengths)
+    x, actions = partial(torch.rand, device=device), random_actions(device, size, n, a)
+    may, never = torch.ones_like(actions), torch.zeros(size, device=device)
+    return OfflineDataset(x(size, n, o), x(size, s), actions, may, x(size), never, lengths)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,6 +479,7 @@ def speed(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int = 1,
     offlinerl_kit: Path | None = None,
+    compiled: bool = False,
     quick: bool = False,
     out: Path = RESULTS,
 ) -> list[Row]:
@@ -414,6 +489,7 @@ def speed(
         device: where to compute; auto takes a GPU if there is one.
         threads: processor threads for torch.
         offlinerl_kit: a checkout of OfflineRL-Kit, to time its code, too.
+        compiled: time the training compiled, too; to compile takes minutes.
         quick: tiny sizes, to see that it works; the numbers mean nothing.
         out: the file to write; what it holds of other machines, devices and threads stays in it.
     """
@@ -430,7 +506,11 @@ def speed(
     kit = load_kit(offlinerl_kit) if offlinerl_kit else None
     jobs = [partial(machine_limits, clock)]
     jobs += [partial(imagination, clock, task, kit, quick) for task in MAPS]
-    jobs += [partial(growth, clock, axis, quick) for axis in ("agents", "batch", "horizon", "rows")]
+    jobs += [partial(growth, clock, axis, quick) for axis in AXES]
+    modes = [mode for mode in MODES if compiled or "compiled" not in mode]
+    if device == "cpu":
+        modes = [mode for mode in modes if "graph" not in mode]
+    jobs += [partial(training, clock, seeds, mode, quick) for mode in modes for seeds in (1, 5)]
     rows = [row for job in tqdm(jobs, unit="race") for row in job()]
     rows = [dataclasses.replace(row, **about) for row in rows]
     here = about["machine"], device, threads
@@ -477,7 +557,7 @@ def read(path: Path) -> list[Row]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The main lines of one machine's measurements: limits, rivals, growth."""
+    """The main lines of one machine's measurements: limits, rivals, training, growth."""
     one = rows[0]
     limits = " ".join(
         f"{row.what[0].upper()}{row.what[1:]}, {row.implementation}: {1e3 * row.seconds:.2f} ms"
@@ -486,28 +566,41 @@ def markdown(rows: list[Row]) -> str:
     )  # fmt: skip
     about = f"{one.machine}; {one.device}, {one.threads} threads; {one.versions}; {one.commit}."
     races = [row for row in rows if row.what == "imagine" and not row.grows]
-    logo = {row.task: row for row in races if row.implementation == "LOGO"}
-    tasks = [f"{task}: rows/s, parameters, LOGO's gain" for task in logo]
-    by_code = {
-        name: [f"{row.rate:,.0f}, {millions(row)}, {row.seconds / logo[row.task].seconds:.2f}x"
-               for row in races if row.implementation == name]
-        for name in dict.fromkeys(row.implementation for row in races)
-    }  # fmt: skip
-    rivals = grid(
-        [f"imagining {one.batch} x {one.horizon}" for one in races[:1]] + tasks,
+    logo = {(r.task, r.mode): r.seconds for r in races if r.implementation == "LOGO"}
+    by_code: dict[str, list[str]] = {}
+    for row in races:
+        name = row.implementation + ("" if row.mode == "eager" else f", {row.mode}")
+        gain = row.seconds / logo[row.task, row.mode]
+        by_code.setdefault(name, []).append(f"{row.rate:,.0f} ({gain:.2f}x, {millions(row)})")
+    tables = [grid(
+        [f"{races[0].batch} x {races[0].horizon} imagined steps, rows/s", *MAPS],
         [[name, *cells] for name, cells in by_code.items()],
-    )
+    )]  # fmt: skip
+    trained: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        if row.what in TRAINING and not row.grows:
+            trained.setdefault((row.seeds, row.mode), []).append(row)
+    tables.append(grid(
+        ["seeds at once", "mode", *(f"{what}, per second" for what in TRAINING), "memory, MB"],
+        [[*key, *map(rate_and_share, some), f"{max(row.peak_memory_mb or 0 for row in some):,.0f}"]
+         for key, some in trained.items()],
+    ))  # fmt: skip
     growing: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.grows:
             growing.setdefault((row.what, row.grows), []).append(row)
-    grown = grid(
+    tables.append(grid(
         ["work", "growing", "sizes", "milliseconds", "time ~ size^p, p"],
         [[what, axis, " ".join(f"{getattr(row, axis):,}" for row in some),
           " ".join(f"{1e3 * row.seconds:.3g}" for row in some), f"{slope(some, axis):.2f}"]
          for (what, axis), some in growing.items()],
-    )  # fmt: skip
-    return "\n\n".join([f"{about} {limits}", rivals, grown]) + "\n"
+    ))  # fmt: skip
+    return "\n\n".join([f"{about} {limits}", *tables]) + "\n"
+
+
+def rate_and_share(row: Row) -> str:
+    share = row.share_of_bound or row.share_of_peak
+    return f"{row.rate:,.{0 if row.rate > 100 else 1}f} ({share:.0%})"
 
 
 def millions(row: Row) -> str:

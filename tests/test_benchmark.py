@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import benchmark
-from benchmark import Clock, Ensemble, Row, count_flop, slope
+from benchmark import Clock, Ensemble, Entry, Row, count_flop, slope
 
 
 def test_flop_of_a_known_layer_forwards_and_backwards():
@@ -50,9 +50,20 @@ def test_ensemble_draws_from_the_elites_and_doubts_by_the_widest_member():
     torch.testing.assert_close(out["reward"], out["raw_reward"] - out["penalty"])
 
 
+def test_ensemble_rolls_out_what_its_steps_predict():
+    model = Ensemble(6, 4, hidden=8)
+    obs, actions = torch.randn(5, 6), torch.randn(3, 5, 4)
+    torch.manual_seed(0)
+    out = model.rollout(obs, actions)
+    torch.manual_seed(0)
+    for chosen in actions:
+        obs = model.step(obs, chosen)["next_obs"]
+    assert torch.equal(out["next_obs"], obs)
+
+
 def test_a_race_takes_turns_and_reports_the_median():
     order = []
-    entries = [(Row(name, "test"), lambda name=name: order.append(name), 10) for name in "ab"]
+    entries = [Entry(Row(name, "test"), lambda name=name: order.append(name), 10) for name in "ab"]
     rows = Clock(torch.device("cpu"), repetitions=3, least=0.0).race(entries)
     assert "".join(order[-6:]) == "ababab"
     for row in rows:
@@ -78,7 +89,14 @@ def test_speed_writes_all_columns_with_finite_positive_numbers(tmp_path, capsys)
     raced = {row.implementation for row in rows if row.what == "imagine" and row.task == "2s3z"}
     assert raced == {"LOGO"} | {f"ensemble 7 x [16]*4, {how}" for how in ("batched", "looped")}
     assert {row.grows for row in rows} == {"", "agents", "batch", "horizon", "rows"}
-    assert all(row.share_of_bound > 0 for row in rows if row.what == "world-model update")
+    assert all(0 < row.share_of_bound for row in rows if "update" in row.what)
+    one, five = (
+        {r.what: r for r in rows if r.task and not r.grows and r.seeds == k} for k in (1, 5)
+    )
+    for what in benchmark.TRAINING[:2]:
+        assert five[what].parameters == 5 * one[what].parameters
+        flop = [row.gflops * row.seconds for row in (one[what], five[what])]
+        assert flop[1] == pytest.approx(5 * flop[0], rel=1e-3)
     assert len(benchmark.read(out)) == len(rows)
 
     # another machine's rows stay, this one's are replaced
