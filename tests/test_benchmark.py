@@ -2,12 +2,17 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import benchmark
-from benchmark import Clock, Ensemble, Entry, Row, count_flop, slope
+import rivals
+import speed
+from rivals import Ensemble
+from speed import slope
+from timing import Clock, Entry, Row, count_flop, read, write
 
 
 def test_flop_of_a_known_layer_forwards_and_backwards():
@@ -78,7 +83,7 @@ def test_slope_is_the_exponent():
 
 def test_speed_writes_all_columns_with_finite_positive_numbers(tmp_path, capsys):
     out, threads = tmp_path / "speed.csv", torch.get_num_threads()
-    rows = benchmark.speed("cpu", quick=True, out=out)
+    rows = speed.speed("cpu", quick=True, out=out)
     torch.set_num_threads(threads)
     for row in rows:
         for name in ("seconds", "rate", "gflops", "share_of_peak", "parameters", "peak_memory_mb"):
@@ -93,34 +98,66 @@ def test_speed_writes_all_columns_with_finite_positive_numbers(tmp_path, capsys)
     one, five = (
         {r.what: r for r in rows if r.task and not r.grows and r.seeds == k} for k in (1, 5)
     )
-    for what in benchmark.TRAINING[:2]:
+    for what in speed.TRAINING[:2]:
         assert five[what].parameters == 5 * one[what].parameters
         flop = [row.gflops * row.seconds for row in (one[what], five[what])]
         assert flop[1] == pytest.approx(5 * flop[0], rel=1e-3)
-    assert len(benchmark.read(out)) == len(rows)
+    assert len(read(out)) == len(rows)
 
     # another machine's rows stay, this one's are replaced
-    elsewhere = [dataclasses.replace(row, machine="another") for row in benchmark.read(out)]
-    benchmark.write(out, [*elsewhere, dataclasses.replace(rows[0], what="to be replaced")])
-    benchmark.speed("cpu", quick=True, out=out)
+    elsewhere = [dataclasses.replace(row, machine="another") for row in read(out)]
+    write(out, [*elsewhere, dataclasses.replace(rows[0], what="to be replaced")])
+    speed.speed("cpu", quick=True, out=out)
     torch.set_num_threads(threads)
-    after = benchmark.read(out)
+    after = read(out)
     assert after[: len(rows)] == elsewhere and len(after) == 2 * len(rows)
     assert "to be replaced" not in {row.what for row in after}
     capsys.readouterr()
-    benchmark.table(out)
+    speed.table(out)
     printed = capsys.readouterr().out
     assert printed.count("time ~ size^p") == 2 and "\nanother; cpu" in f"\n{printed}"
 
 
 def test_rows_survive_the_file(tmp_path):
     row = Row("a, b", 'c"d', rows=10**7, seconds=0.125, share_of_peak=0.5, commit="123e4567")
-    benchmark.write(tmp_path / "x.csv", [row])
-    assert benchmark.read(tmp_path / "x.csv") == [row]
+    write(tmp_path / "x.csv", [row])
+    assert read(tmp_path / "x.csv") == [row]
     header = (tmp_path / "x.csv").read_text().splitlines()[0]
     assert header.split(",") == [field.name for field in dataclasses.fields(Row)]
 
 
 def test_a_missing_checkout_is_one_sentence(tmp_path):
     with pytest.raises(ImportError, match="--offlinerl-kit .*: no checkout"):
-        benchmark.load_kit(tmp_path)
+        rivals.load_kit(tmp_path)
+
+
+def test_a_grid_runs_what_is_missing_resumes_what_was_begun_and_names_what_failed(
+    tmp_path, monkeypatch, capsys
+):
+    def touch(folder, name):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / name).touch()
+
+    for k in (1, 2):  # LOGO is finished, MACQL on 2s3z was interrupted, on 3s_vs_5z not begun
+        touch(f"3s_vs_5z-medium-logo/seed{k}", "final.json")
+        touch(f"2s3z-medium-logo/seed{k}", "final.json")
+        touch(f"2s3z-medium-macql/seed{k}", "checkpoint.pt")
+    calls = []
+
+    def run(command, stdout, **_):
+        calls.append(command)
+        stdout.write("working\nno such thing\n")
+        stdout.flush()
+        return SimpleNamespace(returncode=int("3s_vs_5z" in command))
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(benchmark.report, "compare", lambda folders: f"{len(folders)} runs")
+    flags = ("--env-ids", "3s_vs_5z", "2s3z", "--qualities", "medium", "--num-seeds", "2")
+    with pytest.raises(SystemExit, match="3s_vs_5z.*no such thing"):
+        benchmark.cli(["grid", *flags, "--flags=--threads 1", "--out", str(tmp_path)])
+    assert [("--resume" in call, call[call.index("--env-id") + 1]) for call in calls] == [
+        (False, "3s_vs_5z"), (True, "2s3z"),
+    ]  # fmt: skip
+    for call in calls:
+        assert " ".join(call).count("--num-seeds 2 --synthetic-fraction 0 --threads 1 --out") == 1
+    assert "4 runs" in capsys.readouterr().out

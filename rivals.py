@@ -1,0 +1,117 @@
+"""What LOGO's model is timed against: an ensemble that predicts all agents' observations at once.
+
+It is what the paper's Table 5 compares with, seven probabilistic networks. `load_kit` takes it as
+OfflineRL-Kit publishes it; `Ensemble` is the same computation written as LOGO is, in tensors,
+without numpy, and with all members in one batched product or one after the other.
+
+Sizes: B rows side by side, M members.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Ensemble(nn.Module):
+    """M probabilistic networks (joint o, joint a) -> N(joint o_next - o, r), as in OfflineRL-Kit.
+
+    Args:
+        obs, actions: dimensions of the joint observation and of the joint action.
+        hidden: width of the four hidden layers; OfflineRL-Kit has 200.
+        looped: one member after the other, instead of all in one batched product.
+    """
+
+    def __init__(self, obs: int, actions: int, hidden=200, members=7, elites=5, looped=False):
+        super().__init__()
+        sizes = [obs + actions, *[hidden] * 4, 2 * (obs + 1)]
+        shapes = list(zip(sizes, sizes[1:], strict=False))
+        self.weights = nn.ParameterList(
+            nn.init.trunc_normal_(torch.empty(members, i, j), std=0.5 * i**-0.5) for i, j in shapes
+        )
+        self.biases = nn.ParameterList(torch.zeros(members, 1, j) for _, j in shapes)
+        self.max_log_var = nn.Parameter(torch.full((obs + 1,), 0.5))
+        self.min_log_var = nn.Parameter(torch.full((obs + 1,), -10.0))
+        self.elites, self.looped = elites, looped
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,I) -> mean and log variance (M,B,obs+1) of every member."""
+        layers = list(zip(self.weights, self.biases, strict=True))
+        if self.looped:
+            members = [[(w[m], b[m]) for w, b in layers] for m in range(len(self.weights[0]))]
+            out = torch.stack([self.network(torch.addmm, x, layers) for layers in members])
+        else:
+            out = self.network(torch.baddbmm, x.expand(len(self.weights[0]), -1, -1), layers)
+        mean, log_var = out.chunk(2, -1)
+        log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
+        return mean, self.min_log_var + F.softplus(log_var - self.min_log_var)
+
+    @staticmethod
+    def network(product: Callable, x: torch.Tensor, layers: list) -> torch.Tensor:
+        for w, b in layers[:-1]:
+            x = F.silu(product(b, x, w), inplace=True)
+        return product(layers[-1][1], x, layers[-1][0])
+
+    @torch.no_grad()
+    def step(self, obs: torch.Tensor, actions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One imagined step: every row is drawn from one of the elites, the most doubtful member
+        says how much reward is lost."""
+        mean, log_var = self(torch.cat([obs, actions], -1))  # (M,B,obs+1)
+        std = torch.exp(0.5 * log_var)
+        penalty = std.norm(dim=-1).amax(0)  # (B,)
+        rows = torch.arange(len(obs), device=obs.device)
+        member = torch.randint(self.elites, (len(obs),), device=obs.device)
+        change = torch.addcmul(mean[member, rows], std[member, rows], torch.randn_like(mean[0]))
+        reward = change[:, -1]
+        return {
+            "next_obs": obs + change[:, :-1],
+            "raw_reward": reward,
+            "reward": reward - penalty,
+            "penalty": penalty,
+        }
+
+    def rollout(self, obs: torch.Tensor, actions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """H steps, each from what the one before it predicted; the last one's outcome."""
+        for chosen in actions:
+            out = self.step(obs, chosen)
+            obs = out["next_obs"]
+        return out
+
+
+def load_kit(checkout: Path) -> tuple[Callable, str]:
+    """(obs, actions, hidden, device) -> OfflineRL-Kit's EnsembleDynamics; and the code's commit.
+
+    Raises:
+        ImportError: there is no checkout.
+    """
+    if not (checkout / "offlinerlkit").is_dir():
+        raise ImportError(f"--offlinerl-kit {checkout}: no checkout; --help says how to get one.")
+    try:
+        import gym.envs.mujoco  # noqa: F401
+    except ImportError:  # its package imports it, for what is not used here
+        sys.modules |= {name: MagicMock() for name in ("gym", "gym.envs", "gym.envs.mujoco")}
+    sys.path.insert(0, str(checkout))
+    from offlinerlkit.dynamics import EnsembleDynamics
+    from offlinerlkit.modules import EnsembleDynamicsModel
+    from offlinerlkit.utils.scaler import StandardScaler
+
+    def never_over(obs: np.ndarray, *_) -> np.ndarray:
+        return np.zeros((len(obs), 1), bool)
+
+    def make(obs: int, actions: int, hidden: int, device: torch.device):
+        decays = [0.0] * 5  # of each layer's weights, for training
+        model = EnsembleDynamicsModel(
+            obs, actions, [hidden] * 4, weight_decays=decays, device=device
+        )
+        scaler = StandardScaler(*np.float32([[[0]], [[1]]]))
+        return EnsembleDynamics(model, None, scaler, never_over, penalty_coef=1.0)
+
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return make, done.stdout.strip() or "of unknown commit"
