@@ -137,8 +137,8 @@ class SyntheticBuffer(nn.Module):
         self.actions = column(num_agents, action_dim)
         self.avail = column(num_agents, action_dim) if discrete else None
         self.reward, self.terminated = column(), column()
-        no_row = torch.full((retain, horizon, rollouts), -torch.inf, device=device)
-        self.p_u, self.cdf = nn.Buffer(no_row), nn.Buffer(no_row.flatten().double())
+        self.p_u = nn.Buffer(torch.full((retain, horizon, rollouts), -torch.inf, device=device))
+        self.cdf = nn.Buffer(torch.zeros(self.p_u.numel(), device=device, dtype=torch.float64))
         self.ess = nn.Buffer(torch.ones((), device=device, dtype=torch.float64))
 
     def add(self, rollout: dict[str, torch.Tensor], cap: float, weighted: bool = True) -> None:
