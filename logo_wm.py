@@ -49,13 +49,13 @@ class AgentLinear(nn.Module):
 def agent_mlp(agents: int, *sizes: int) -> nn.Sequential:
     """Per-agent multi-layer perceptron, ReLU between the layers."""
     layers = [AgentLinear(agents, i, j) for i, j in zip(sizes, sizes[1:], strict=False)]
-    return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())][:-1])
+    return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU(inplace=True))][:-1])
 
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Multi-layer perceptron, ReLU between the layers."""
     layers = [nn.Linear(i, j) for i, j in zip(sizes, sizes[1:], strict=False)]
-    return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())][:-1])
+    return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU(inplace=True))][:-1])
 
 
 def gaussian_nll(x: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor | None) -> torch.Tensor:
@@ -136,8 +136,8 @@ class LogoWM(nn.Module):
 
     def predict(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor):
         """E_p: mean and log variance of o_hat (B,N,O). All arguments standardised."""
-        h_s = F.relu(self.enc_state(s)).unsqueeze(1).expand(-1, o.shape[1], -1)  # (B,N,hidden)
-        h_o = F.relu(self.enc_obs(torch.cat([o, a], -1)))  # (B,N,hidden)
+        h_s = self.enc_state(s).relu_().unsqueeze(1).expand(-1, o.shape[1], -1)  # (B,N,hidden)
+        h_o = self.enc_obs(torch.cat([o, a], -1)).relu_()  # (B,N,hidden)
         change, log_var = self.gaussian(self.enc_p(torch.cat([h_s, h_o], -1)))
         return o + change, log_var
 

@@ -49,7 +49,7 @@ class StackedLinear(nn.Module):
 def stacked_mlp(stack: int, *sizes: int) -> nn.Sequential:
     """P multi-layer perceptrons side by side, ReLU between the layers."""
     layers = [StackedLinear(stack, i, j) for i, j in zip(sizes, sizes[1:], strict=False)]
-    return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())][:-1])
+    return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU(inplace=True))][:-1])
 
 
 class Standardise(nn.Module):
