@@ -132,10 +132,10 @@ PER_COLLECTION = (HORIZON + 1) * ROLLOUTS
 def make_rollout(c: int, generator, avail=True) -> dict[str, torch.Tensor]:
     """Collection c, its rows numbered from c * PER_COLLECTION on."""
     number = (c * PER_COLLECTION + torch.arange(PER_COLLECTION)).view(HORIZON + 1, ROLLOUTS).float()
-    return {
+    mask = {"avail": number[..., None, None].expand(-1, -1, N, A)} if avail else {}
+    return mask | {
         "obs": number[..., None, None].expand(-1, -1, N, O),
         "state": number[..., None].expand(-1, -1, S),
-        "avail": number[..., None, None].expand(-1, -1, N, A) if avail else None,
         "actions": number[:-1, :, None, None].expand(-1, -1, N, A),
         "reward": number[:-1] * 2,
         "terminated": number[:-1] * 3,
@@ -228,11 +228,20 @@ def test_not_even_the_outermost_draws_land_on_a_row_without_weight(monkeypatch, 
 
 
 def test_continuous_rollouts_are_stored_without_a_mask():
-    buffer = SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu")
+    buffer = SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu", discrete=False)
     g = torch.Generator().manual_seed(0)
     buffer.add(make_rollout(0, g, avail=False), cap=1.0)
     batch = buffer.sample(10, g)
+    assert batch.avail is None and batch.next_avail is None
     assert torch.equal(batch.next_state, batch.state + ROLLOUTS)
+
+
+def test_a_sample_is_what_was_drawn_gathered():
+    for kind in (make_dataset(), fill(3, cap=2.0)[0]):
+        points = kind.draw(50, torch.Generator().manual_seed(1))
+        batch = kind.sample(50, torch.Generator().manual_seed(1))
+        for a, b in zip(kind.gather(points), batch, strict=True):
+            assert len(a) == 50 and torch.equal(a, b)
 
 
 def test_a_buffer_nothing_was_added_to_says_so():
@@ -269,5 +278,17 @@ def test_mix_without_synthetic_rows_is_the_real_batch():
 def test_mix_leaves_out_the_mask_of_continuous_actions():
     g = torch.Generator().manual_seed(0)
     real = make_dataset(avail=False).sample(3, g)
-    both, is_real = mix(real, real)
-    assert both.avail is None and both.next_avail is None and len(is_real) == len(both.obs) == 6
+    for coin, size in ((None, 6), (torch.tensor(1.0), 3)):
+        both, is_real = mix(real, real, coin)
+        assert both.avail is None and both.next_avail is None
+        assert len(is_real) == len(both.obs) == size
+
+
+@pytest.mark.parametrize("coin", [0.0, 1.0])
+def test_a_coin_makes_the_whole_batch_real_or_synthetic(coin):
+    g = torch.Generator().manual_seed(0)
+    real, synthetic = make_dataset().sample(6, g), fill(2, cap=2.0)[0].sample(6, g)
+    either, is_real = mix(real, synthetic, torch.tensor(coin))
+    assert is_real.tolist() == [1.0 - coin] * 6
+    for got, wanted, other in zip(either, *(real, synthetic)[:: -1 if coin else 1], strict=True):
+        assert torch.equal(got, wanted) and not torch.equal(got, other)

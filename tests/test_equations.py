@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from buffer import Batch, SyntheticBuffer
 from logo_wm import LogoWM, gaussian_nll
-from macql import Actor, Critic, critic_loss, data_and_any, policy_loss
+from macql import Actor, Critic, critic_loss, data_and_any, policy_loss, random_actions
 
 B, N, O, S, A, HIDDEN = 5, 3, 4, 6, 3, 7  # noqa: E741
 CLOSE = {"rel": 1e-10, "abs": 1e-10}
@@ -276,6 +276,41 @@ def test_eq_5_one_step_and_its_uncertainty_equal_a_loop(deduce_from, clamp):
     assert touched > 0
 
 
+@pytest.mark.parametrize("heads", [True, False])
+@pytest.mark.parametrize("discrete", [True, False])
+def test_imagined_steps_equal_a_loop_of_single_steps_that_ends_where_the_dice_fall(discrete, heads):
+    model, batch, _ = build(discrete=discrete)
+    with torch.no_grad():
+        model.over_head[-1].bias -= 2.0  # so that some rollouts end, and some do not
+    actions = torch.stack([make_batch(discrete).actions for _ in range(4)])
+    dice, asked = torch.rand(4, B), []
+
+    def act(*seen):
+        asked.append(seen)
+        return actions[seen[-1]]
+
+    out = model.imagine(act, batch.obs, batch.state, batch.avail, dice, heads)
+    assert ("avail" in out) == discrete and [h for *_, h in asked] == [0, 1, 2, 3]
+    obs, state, avail, on = batch.obs, batch.state, batch.avail, [1.0] * B
+    for h in range(4):
+        if discrete and not heads:
+            avail = torch.ones(B, N, A)
+        now = {"obs": obs, "state": state} | ({"avail": avail} if discrete else {})
+        assert all(torch.equal(out[name][h], x) for name, x in now.items())
+        assert torch.equal(asked[h][0], obs)
+        assert torch.equal(asked[h][1], avail) if discrete else asked[h][1] is None
+        step = model.step(obs, state, actions[h])
+        assert torch.equal(out["actions"][h], actions[h])
+        assert torch.equal(out["reward"][h], step["reward"])
+        assert torch.equal(out["u"][h], step["u"])
+        ends = [float(heads and dice[h, b] < step["terminated"][b]) for b in range(B)]
+        assert out["terminated"][h].tolist() == ends and out["filled"][h].tolist() == on
+        on = [0.0 if end else x for x, end in zip(on, ends, strict=True)]
+        obs, state, avail = step["next_obs"], step["next_state"], step["next_avail"]
+    assert torch.equal(out["obs"][4], obs) and torch.equal(out["state"][4], state)
+    assert (0 < sum(on) < B) == heads
+
+
 @pytest.mark.parametrize("learn_variance", [False, True])
 def test_eq_6_direct_loss_equals_a_loop_over_rows(learn_variance):
     model, batch, naive = build(learn_variance)
@@ -477,7 +512,7 @@ def test_the_policies_are_masked_softmaxes_of_each_agents_own_observation():
 def test_the_log_sum_exp_over_all_joint_actions_is_exact(critics):
     case = build_policy(critics=critics)
     batch = case.batch
-    data, every = data_and_any(case.critic, batch, case.actor, torch.Generator())
+    data, every = data_and_any(case.critic, batch, case.actor)
     assert data.shape == every.shape == (critics, B)
     for b, k in itertools.product(range(B), range(critics)):
         q = naive_utilities(case, case.critic, batch.obs, batch.state, b, k)
@@ -509,8 +544,7 @@ LITERAL = [
 def test_eq_10_and_11_equal_a_loop_over_rows_critics_and_joint_actions(options, critics):
     case = build_policy(critics=critics)
     loss, parts = critic_loss(
-        case.critic, case.target, case.actor, case.batch, case.is_real, GAMMA, ALPHA,
-        torch.Generator(), **options,
+        case.critic, case.target, case.actor, case.batch, case.is_real, GAMMA, ALPHA, **options
     )  # fmt: skip
     expected, regularisation, bellman = naive_critic_loss(case, **options)
     assert parts["gap"].item() == pytest.approx(regularisation, **CLOSE)
@@ -535,8 +569,7 @@ def test_the_maximum_of_eq_11_is_the_best_joint_action_that_may_be_taken():
         taken = tuple(batch.actions[b].argmax(-1).tolist())
         bellman += 0.5 * (value_of(now, taken) - y) ** 2 / B
     _, parts = critic_loss(
-        case.critic, case.target, case.actor, batch, case.is_real, GAMMA, ALPHA,
-        torch.Generator(), backup="max",
+        case.critic, case.target, case.actor, batch, case.is_real, GAMMA, ALPHA, backup="max"
     )  # fmt: skip
     assert parts["td"].item() == pytest.approx(bellman, **CLOSE)
 
@@ -575,6 +608,10 @@ def test_eq_12_equals_a_loop_over_rows_and_agents(discrete, normalise_q, bc_on):
 # ---------------------------------------------------------------------------- continuous actions
 
 
+def draws(samples: int = 10, shape=(B, N, A)) -> torch.Tensor:
+    return random_actions(shape, torch.Generator().manual_seed(0), samples)
+
+
 def continuous_terms(case, backup="policy"):
     """Values of the data's actions (K,B) and Bellman targets (B,) of a continuous batch."""
     batch, critics = case.batch, range(case.critic.critics)
@@ -596,7 +633,7 @@ def test_the_bellman_error_of_continuous_actions_equals_a_loop(critics, backup):
     data, y = continuous_terms(case)
     loss, parts = critic_loss(
         case.critic, case.target, case.actor, case.batch, case.is_real, GAMMA, ALPHA,
-        torch.Generator().manual_seed(0), backup=backup,
+        draws(), backup=backup,
     )  # fmt: skip
     bellman = sum(0.5 * np.mean((data[k] - y) ** 2) for k in range(critics))
     assert parts["td"].item() == pytest.approx(bellman, **CLOSE)
@@ -615,7 +652,7 @@ def test_the_literal_conservative_term_of_continuous_actions_equals_a_loop():
         gap += np.mean(any_) - np.mean([data[k, b] for b in range(B) if case.is_real[b] == 1])
     _, parts = critic_loss(
         case.critic, case.target, case.actor, case.batch, case.is_real, GAMMA, ALPHA,
-        torch.Generator().manual_seed(0), conservative="expectation", conservative_on="both",
+        conservative="expectation", conservative_on="both",
     )  # fmt: skip
     assert parts["gap"].item() == pytest.approx(gap, **CLOSE)
 
@@ -653,7 +690,7 @@ def test_uniform_draws_weigh_the_whole_volume_of_the_actions():
         return q
 
     case = build_policy(discrete=False)
-    _, every = data_and_any(Stub(value), batch, case.actor, torch.Generator(), samples)
+    _, every = data_and_any(Stub(value), batch, case.actor, draws(samples))
     expected = c + N * A * math.log(2.0) - math.log(3.0)
     assert every.flatten().tolist() == pytest.approx([expected] * B, **CLOSE)
 
@@ -667,8 +704,7 @@ def test_policy_draws_are_weighted_with_the_density_they_come_from():
         q[: samples * B] = -math.inf
         return q
 
-    generator = torch.Generator().manual_seed(0)
-    _, every = data_and_any(Stub(value), batch, still_actor, generator, samples)
+    _, every = data_and_any(Stub(value), batch, still_actor, draws(samples))
     assert every.flatten().tolist() == pytest.approx([math.log(2 / 3)] * B, abs=1e-9)
 
 
@@ -679,10 +715,8 @@ def test_the_estimated_log_sum_exp_finds_a_known_integral():
         actions=torch.zeros(4, 1, 2),
     )  # fmt: skip
     critic = Stub(lambda actions: 3.0 + log_normal(actions, 0.2))
-    generator = torch.Generator().manual_seed(0)
-    _, every = data_and_any(
-        critic, batch, lambda obs, avail: torch.zeros(len(obs), 1, 2), generator, 20_000
-    )
+    drawn = draws(20_000, (4, 1, 2))
+    _, every = data_and_any(critic, batch, lambda obs, avail: torch.zeros(len(obs), 1, 2), drawn)
     assert every.flatten().tolist() == pytest.approx([3.0] * 4, abs=0.02)
 
 
@@ -690,8 +724,7 @@ def test_a_critic_that_ignores_the_actions_gives_its_value_plus_the_same_volume_
     case = build_policy(discrete=False)
     with torch.no_grad():
         case.critic.net[0].weight[:, S:] = 0.0
-    generator = torch.Generator().manual_seed(0)
-    data, every = data_and_any(case.critic, case.batch, case.actor, generator, samples=50)
+    data, every = data_and_any(case.critic, case.batch, case.actor, draws(50))
     volume = every - data  # the critic's constant cancels; (K,B), the same for both critics
     assert volume[0].tolist() == pytest.approx(volume[1].tolist(), **CLOSE)
     log_box = N * A * math.log(2.0)
@@ -699,20 +732,15 @@ def test_a_critic_that_ignores_the_actions_gives_its_value_plus_the_same_volume_
     assert (volume < log_box + 1.0).all()
     with torch.no_grad():
         case.critic.net[-1].bias += 2.5
-    generator = torch.Generator().manual_seed(0)
-    _, higher = data_and_any(case.critic, case.batch, case.actor, generator, samples=50)
+    _, higher = data_and_any(case.critic, case.batch, case.actor, draws(50))
     assert (higher - every).flatten().tolist() == pytest.approx([2.5] * 2 * B, **CLOSE)
 
 
 def test_the_estimated_log_sum_exp_equals_a_loop_over_the_same_draws():
     case, samples, sigma = build_policy(discrete=False), 4, 0.2
     batch = case.batch
-    _, every = data_and_any(
-        case.critic, batch, case.actor, torch.Generator().manual_seed(3), samples
-    )
-    replay = torch.Generator().manual_seed(3)
-    uniform = torch.rand(samples, B, N, A, generator=replay) * 2 - 1
-    noises = [torch.randn(samples, B, N, A, generator=replay) for _ in range(2)]
+    uniform, *noises = drawn = draws(samples)
+    _, every = data_and_any(case.critic, batch, case.actor, drawn)
     for b, k in itertools.product(range(B), range(2)):
         terms = []
         for m in range(samples):

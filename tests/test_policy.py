@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 from torch.nn import functional as F
 
-from macql import Actor, Critic, critic_loss, policy_loss, soft_update
+from macql import Actor, Critic, critic_loss, policy_loss, random_actions, soft_update
 
 N, O, S = 2, 3, 2  # noqa: E741
 
@@ -52,8 +52,9 @@ def trained_utilities(alpha: float, conservative: str) -> torch.Tensor:
     optimizer = torch.optim.Adam(critic.parameters(), lr=5e-3)
     for _ in range(250):
         batch = bandit(128, g)
+        real = torch.ones(128)
         loss, _ = critic_loss(
-            critic, target, actor, batch, torch.ones(128), 0.99, alpha, g, conservative
+            critic, target, actor, batch, real, 0.99, alpha, conservative=conservative
         )
         optimizer.zero_grad()
         loss.backward()
@@ -88,7 +89,7 @@ def test_the_conservative_gradient_is_the_policy_minus_the_data_and_zero_where_f
 
     def gradient(alpha):
         loss, _ = critic_loss(
-            critic, target, actor, batch, is_real, 0.99, alpha, g, conservative, "real"
+            critic, target, actor, batch, is_real, 0.99, alpha, None, conservative, "real"
         )
         return torch.autograd.grad(loss, table)[0]
 
@@ -125,7 +126,8 @@ def test_forbidden_actions_have_probability_zero_and_are_never_taken(shared):
     assert (actor.logits(obs).argmax(-1, keepdim=True) != pi.argmax(-1, keepdim=True)).any()
     assert (pi[avail == 0] == 0).all()
     torch.testing.assert_close(pi.sum(-1), torch.ones(5000, N))
-    for actions in (actor.greedy(obs, avail), actor.explore(obs, avail, g)):
+    noise = actor.noise(avail.shape, g)
+    for actions in (actor.greedy(obs, avail), actor.explore(obs, avail, noise)):
         assert ((actions == 0) | (actions == 1)).all() and (actions.sum(-1) == 1).all()
         assert (actions * (1 - avail)).sum() == 0
     best = actor.greedy(obs, avail).argmax(-1)
@@ -141,7 +143,8 @@ def test_exploration_draws_the_policys_actions_mixed_with_a_share_of_all_allowed
     obs = torch.randn(1, N, O, generator=g)
     avail = torch.tensor([[[1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 1]]]).float()
     pi = actor(obs, avail)[0].detach().double()
-    drawn = actor.explore(obs.expand(draws, -1, -1), avail.expand(draws, -1, -1), g, epsilon)
+    noise = actor.noise((draws, N, 6), g)
+    drawn = actor.explore(obs.expand(draws, -1, -1), avail.expand(draws, -1, -1), noise, epsilon)
     for i in range(N):
         allowed = avail[0, i] == 1
         counts = drawn[:, i].sum(0)
@@ -157,7 +160,8 @@ def test_exploration_draws_the_policys_actions_mixed_with_a_share_of_all_allowed
 def test_the_same_generator_state_draws_the_same_actions():
     actor, obs = make_actor(6), torch.randn(200, N, O)
     avail = torch.ones(200, N, 6)
-    draws = [actor.explore(obs, avail, torch.Generator().manual_seed(k)) for k in (1, 1, 2)]
+    generators = [torch.Generator().manual_seed(k) for k in (1, 1, 2)]
+    draws = [actor.explore(obs, avail, actor.noise(avail.shape, g)) for g in generators]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -167,13 +171,25 @@ def test_continuous_actions_stay_within_one_and_explore_with_the_noise_asked_for
     pi = actor(obs, None)
     assert pi.abs().max() <= 1 and pi.max() > 0.9 and pi.min() < -0.9
     assert torch.equal(actor.greedy(obs, None), pi)
-    explored = actor.explore(obs, None, g, 0.5)
+    explored = actor.explore(obs, None, actor.noise(pi.shape, g), 0.5)
     assert explored.max() == 1 and explored.min() == -1
     with torch.no_grad():  # tanh(0) in the middle: no clamp, the plain noise
         for p in actor.parameters():
             p.zero_()
-    noise = actor.explore(obs, None, g, 0.1).flatten() / 0.1
+    noise = actor.explore(obs, None, actor.noise(pi.shape, g), 0.1).flatten() / 0.1
     assert scipy.stats.kstest(noise.numpy(), "norm").pvalue > 1e-3
+
+
+def test_random_actions_are_a_third_uniform_and_two_thirds_normal_and_follow_the_generator():
+    uniform, *normal = random_actions((50, N, 4), torch.Generator().manual_seed(0), samples=20)
+    assert uniform.shape == normal[0].shape == normal[1].shape == (20, 50, N, 4)
+    flat = [x.flatten().numpy() for x in (uniform, *normal)]
+    assert scipy.stats.kstest(flat[0], scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert all(scipy.stats.kstest(x, "norm").pvalue > 1e-3 for x in flat[1:])
+    assert (np.abs(np.corrcoef(flat) - np.eye(3)) < 0.05).all()
+    generators = [torch.Generator().manual_seed(k) for k in (1, 1, 2)]
+    draws = [random_actions((5, N, 4), g) for g in generators]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 # --------------------------------------------------------------------------------------- learning

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import logo_wm
 from buffer import Batch
-from macql import Actor, Critic, critic_loss, policy_loss
+from macql import Actor, Critic, critic_loss, policy_loss, random_actions
 
 B, N, O, S, A = 8, 3, 4, 5, 4  # noqa: E741
 
@@ -167,7 +167,7 @@ def test_using_the_model_leaves_no_graph_behind():
     out = model.step(batch.obs, batch.state, batch.actions)
     assert not any(v.requires_grad for v in out.values())
     rolled = model.imagine(
-        lambda obs, avail: batch.actions, batch.obs, batch.state, batch.avail, 2, torch.Generator()
+        lambda obs, avail, h: batch.actions, batch.obs, batch.state, batch.avail, torch.rand(2, B)
     )
     assert not any(v.requires_grad for v in rolled.values())
 
@@ -202,7 +202,8 @@ def test_the_critics_loss_moves_the_critic_but_neither_actor_nor_target(
 ):
     actor, critic, target, batch, is_real = build_policy(discrete)
     loss, parts = critic_loss(
-        critic, target, actor, batch, is_real, 0.99, 1.0, torch.Generator(),
+        critic, target, actor, batch, is_real, 0.99, 1.0,
+        None if discrete else random_actions(batch.actions.shape, torch.Generator()),
         conservative=conservative, backup=backup,
     )  # fmt: skip
     loss.backward()
@@ -238,9 +239,7 @@ def test_the_critic_reads_imagined_rows_only_where_it_is_told_to(option, row, ro
     other = torch.where(is_real == 0, 5.0, 0.0)
 
     def part(batch):
-        _, parts = critic_loss(
-            critic, target, actor, batch, is_real, 0.99, 1.0, torch.Generator(), **{option: rows}
-        )
+        _, parts = critic_loss(critic, target, actor, batch, is_real, 0.99, 1.0, **{option: rows})
         return parts[row].item()
 
     changed = batch._replace(state=batch.state + other[:, None], reward=batch.reward + other)

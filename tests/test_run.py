@@ -14,6 +14,7 @@ import h5py
 import pytest
 import torch
 
+import checkpoint
 import collect
 import run as run_module
 import train
@@ -38,7 +39,9 @@ def go(dataset, tmp_path):
     """go("--flag", ..., out="name") -> final.json of a miniature run."""
 
     def go(*flags: str, out: str = "run") -> dict:
-        return train.cli([*TINY, "--dataset", str(dataset), "--out", str(tmp_path / out), *flags])
+        given = ["--dataset", str(dataset), "--out", str(tmp_path / out), *flags]
+        (final,) = train.cli([*TINY, *given])
+        return final
 
     return go
 
@@ -49,7 +52,7 @@ def scores(final: dict) -> dict:
 
 def weights(folder: Path) -> dict:
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    return {f"{m}.{k}": v for m in run_module.MODULES for k, v in state[m].items()}
+    return {f"{m}.{k}": v for m in checkpoint.MODULES for k, v in state[m].items()}
 
 
 def test_a_run_leaves_complete_results(go, tmp_path):

@@ -31,7 +31,7 @@ def test_one_update_of_every_quality(env_id, tmp_path, monkeypatch):
     for quality, players in PLAYERS.items():
         path = tmp_path / f"{quality}.h5"
         collect.record(env_id, quality, 2 * players, seed=0, path=path)  # always two side by side
-        final = train.cli(
+        (final,) = train.cli(
             [*ONE, "--env-id", env_id, "--quality", quality, "--dataset", str(path)]
             + ["--out", str(tmp_path / quality)]
         )
@@ -50,7 +50,7 @@ def starcraft_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("starcraft") / "run"
     flags = ["--env-id", "3m", "--dataset", str(STARCRAFT), "--out", str(out)]
     enough = "--updates 20 --wm-updates 200 --wm-hidden 64 --wm-batch-size 64 --wm-lr 0.003"
-    return train.cli([*TINY, *flags, *enough.split()]), out
+    return *train.cli([*TINY, *flags, *enough.split()]), out
 
 
 def test_real_starcraft_data_train_without_the_game(starcraft_run):
@@ -147,7 +147,8 @@ def test_a_game_that_is_half_installed_does_not_stop_a_run_that_did_not_ask_for_
     monkeypatch.setitem(sys.modules, "smac", None)
     monkeypatch.setitem(sys.modules, "smac.env", None)
     flags = ["--env-id", "3m", "--dataset", str(STARCRAFT), "--out", str(tmp_path / "run")]
-    assert train.cli([*ONE, *flags])["backend"] == "offline"
+    (final,) = train.cli([*ONE, *flags])
+    assert final["backend"] == "offline"
     with pytest.raises(SystemExit, match="smac"):
         train.cli([*ONE, *flags, "--backend", "smac"])
 
