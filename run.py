@@ -148,11 +148,16 @@ def evaluate(runs: Runs, who: str, offset: int, episodes: int) -> list[dict]:
 
         return envs.evaluate_together(runs.env, act, episodes, seeds)
 
-    if runs.env.spec.backend == "smax":
-        scores = play(actor, seeds)
-    else:
-        alone = zip(runs, seeds, strict=True)
-        scores = [score for run, seed in alone for score in play(getattr(run, who), [seed])]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's others stay awake between two steps, and hold SMAX up
+    try:
+        if runs.env.spec.backend == "smax":
+            scores = play(actor, seeds)
+        else:
+            alone = zip(runs, seeds, strict=True)
+            scores = [score for run, seed in alone for score in play(getattr(run, who), [seed])]
+    finally:
+        torch.set_num_threads(threads)
     runs.seconds["eval"] += time.time() - started
     return scores
 
