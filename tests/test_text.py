@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import speed
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,11 @@ def test_the_readme_explains_every_metric():
         assert metric in README, metric
 
 
+def test_the_readmes_tables_of_speed_are_those_of_the_measurements(capsys):
+    speed.table()
+    assert capsys.readouterr().out.strip() in README
+
+
 def test_the_quickstart_is_the_two_promised_commands():
     blocks = re.findall(r"```\n(.*?)```", README, re.S)
     assert (
@@ -71,7 +77,7 @@ def test_the_quickstart_is_the_two_promised_commands():
 
 def test_no_placeholder_is_left_in_the_readme():
     assert not re.findall(r"@[A-Z0-9]+@|TODO|TBD", README)
-    for name in ("results", "cells", "behaviour", "3m"):
+    for name in ("results", "speed", "cells", "behaviour", "3m"):
         assert re.search(rf"<!-- {name} -->\s*\S.*?<!-- /{name} -->", README, re.S), name
     for picture in re.findall(r"\]\((results/[^)]+)\)", README):
         assert (ROOT / picture).exists(), picture
