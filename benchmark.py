@@ -12,6 +12,7 @@ A cell of the grid is one call of train.py with --num-seeds. The grid goes on wh
 cells that are finished are not run again, one that was interrupted is resumed.
 """
 
+import json
 import shlex
 import subprocess
 import sys
@@ -25,11 +26,15 @@ import tyro
 from tqdm import tqdm
 
 import report
+import train
+from checkpoint import plain
 from collect import Quality
 from envs import PAPER_SMAC
+from prepare import check
 from speed import speed, table
 
 METHODS = {"logo": [], "macql": ["--synthetic-fraction", "0"]}
+OURS = "--env-id --quality --seed --num-seeds --synthetic-fraction --out --resume".split()
 
 
 class Cell(NamedTuple):
@@ -37,23 +42,36 @@ class Cell(NamedTuple):
 
     folder: Path
     flags: list[str]
+    args: dict  # what the flags mean
     seeds: list[Path]  # the folders of its runs
 
 
 def cells(env_ids, qualities, methods, num_seeds: int, flags: str, out: Path) -> list[Cell]:
-    every = []
+    every, more = [], shlex.split(flags)
+    if taken := [flag for flag in more if flag.replace("_", "-").partition("=")[0] in OURS]:
+        raise ValueError(f"--flags: {' '.join(taken)} is for the grid itself to give.")
     for env_id, quality, method in product(env_ids, qualities, methods):
         folder = out / f"{env_id}-{quality}-{method}"
         chosen = ["--env-id", env_id, "--quality", quality, "--num-seeds", str(num_seeds)]
-        chosen += [*METHODS[method], *shlex.split(flags), "--out", str(folder)]
+        chosen += [*METHODS[method], *more, "--out", str(folder)]
+        args = tyro.cli(train.Args, args=chosen, default=train.defaults(env_id))
+        check(args)
         seeds = [folder / f"seed{k + 1}" for k in range(num_seeds)] if num_seeds > 1 else [folder]
-        every.append(Cell(folder, chosen, seeds))
+        every.append(Cell(folder, chosen, plain(args), seeds))
     return every
 
 
 def play(cell: Cell) -> str | None:
     """Run a cell to its end; what went wrong, if anything did."""
-    if all((seed / "final.json").exists() for seed in cell.seeds):
+    finished = [file for seed in cell.seeds if (file := seed / "final.json").exists()]
+    for file in finished:
+        theirs = json.loads(file.read_text())["args"]
+        differ = {
+            k: v for k, v in cell.args.items() if k not in ("seed", "resume") and theirs.get(k) != v
+        }
+        if told := ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ):
+            return f"{file} is of a run with {told}: give another --out"
+    if len(finished) == len(cell.seeds):
         return None
     begun = all((seed / "checkpoint.pt").exists() for seed in cell.seeds)
     command = [sys.executable, "train.py", *cell.flags, *(["--resume"] if begun else [])]
@@ -62,7 +80,8 @@ def play(cell: Cell) -> str | None:
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=file, cwd=Path(__file__).parent)
     if done.returncode:
-        return f"{shlex.join(command)}: {log.read_text().strip().splitlines()[-1]} (see {log})"
+        last = log.read_text().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        return f"{shlex.join(command)}: {last[0]} (see {log})"
 
 
 def grid(

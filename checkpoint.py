@@ -100,8 +100,8 @@ def load_checkpoint(runs: "Runs", imagine: Callable) -> None:
     states = [read_checkpoint(run) for run in runs]
     if any(state["progress"] != states[0]["progress"] for state in states):
         raise ValueError(
-            "--resume: the seeds were stopped at different updates: resume them one by one, with "
-            "--seed and without --num-seeds."
+            "--resume: the seeds were stopped at different updates: resume them one by one, "
+            f"--seed {runs[0].args.seed} --out {runs[0].folder} and so on, without --num-seeds."
         )
     for run, state in zip(runs, states, strict=True):
         for name in MODULES:

@@ -4,9 +4,10 @@
   each       a function written for one seed, computed for all seeds of its Stacks at once
   CudaGraph  a function whose GPU kernels are recorded once and then launched all together
 
-The networks of LOGO are small: a GPU spends its time on being told what to do next, not on doing
-it. Five seeds in one batch cost it hardly more than one, and a recorded graph hardly anything to
-launch. No formula knows of either: logo_wm.py, macql.py and buffer.py are written for one seed.
+The networks of LOGO are small: a GPU would spend its time on being told what to do next, not on
+doing it. A batch of five seeds tells it no more often than one seed does, and a recorded graph is
+told in one go (what that gains is not measured: README, Speed). No formula knows of either:
+logo_wm.py, macql.py and buffer.py are written for one seed.
 """
 
 from collections.abc import Callable

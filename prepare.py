@@ -96,7 +96,7 @@ def check_memory(args, sizes: tuple[int, int, int, int], discrete: bool) -> None
     numbers = stored * (n * o + s + 2 * n * a + 2) + 4 * weights  # each with gradient, two moments
     need = 4 * numbers * args.num_seeds / 2**30
     if choose_device(args).type == "cuda":
-        have = torch.cuda.mem_get_info()[1] / 2**30
+        have = torch.cuda.mem_get_info()[0] / 2**30
     else:
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     if need > have:

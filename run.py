@@ -86,9 +86,9 @@ class Runs(list[Run]):
         args = self.args
 
         def adam(net: torch.nn.Module, lr: float, decay: float = 0.0) -> torch.optim.Optimizer:
-            recorded = args.compile or args.cudagraphs  # then the step size must be a tensor
+            fixed = args.compile or args.cudagraphs  # a number would be part of the code
             return torch.optim.AdamW(
-                net.parameters(), torch.tensor(lr, device=self.device) if recorded else lr,
+                net.parameters(), torch.tensor(lr, device=self.device) if fixed else lr,
                 weight_decay=decay, fused=True, capturable=args.cudagraphs,
             )  # fmt: skip
 
@@ -108,12 +108,18 @@ class Runs(list[Run]):
         """Rows of D (B,), or (K,B)."""
         return self.draw(lambda run: run.data.draw(size, run.rng))
 
+    def now(self) -> float:
+        """Seconds, once a GPU has done all that it was told so far."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.time()
+
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, done: int, total: int, decay: bool) -> None:
     """The step size after `done` of `total` updates: constant, or falling linearly to zero."""
     now = lr * (1 - done / total) if decay else lr  # Deviation D12
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # a recorded update reads it from there
+        if isinstance(group["lr"], torch.Tensor):  # a recorded update reads it at this place
             group["lr"].fill_(now)
         else:
             group["lr"] = now
@@ -136,7 +142,7 @@ def evaluate(runs: Runs, who: str, offset: int, episodes: int) -> list[dict]:
 
     Battles are drawn with 10^6 (seed + 1) + offset. In SMAX the policies of all runs play at once.
     """
-    started, actor = time.time(), getattr(runs, who)
+    started, actor = runs.now(), getattr(runs, who)
     seeds = [10**6 * (run.args.seed + 1) + offset for run in runs]
 
     def play(actor, seeds: list[int]) -> list[dict]:

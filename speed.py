@@ -26,7 +26,7 @@ import train
 from buffer import Batch, OfflineDataset, SyntheticBuffer
 from fast import CudaGraph
 from logo_wm import LogoWM
-from prepare import build, commit, imagined_rows
+from prepare import build, check, commit, imagined_rows
 from rivals import Ensemble, load_kit
 from run import Runs
 from timing import Clock, Entry, Row, machine, parameters, read, write
@@ -186,6 +186,7 @@ def growth(clock: Clock, axis: str, quick: bool) -> list[Row]:
 
 def training(clock: Clock, seeds: int, mode: str, quick: bool) -> list[Row]:
     """What train.py does in Phases 1 to 3, draws included, for some seeds at once."""
+    torch.compiler.reset()  # else what other sizes were compiled for is compiled more generally
     n, o, s, a = MAPS[TASK]
     args = train.Args(TASK, num_seeds=seeds, **MODES[mode])
     if quick:
@@ -252,12 +253,17 @@ def speed(
         offlinerl_kit: a checkout of OfflineRL-Kit, to time its code, too.
         compiled: time the training compiled, too; to compile takes minutes.
         quick: tiny sizes, to see that it works; the numbers mean nothing.
-        out: the file to write; what it holds of other machines, devices and threads stays in it.
+        out: the file to write; what it holds of other machines, devices and threads stays in it,
+            what it holds of this one is replaced.
     """
+    check(train.Args(device=device, compile=compiled))
+    if threads < 1:
+        raise ValueError(f"--threads {threads}: give 1 or more.")
+    if quick and out == RESULTS:
+        raise ValueError("--quick measures nothing worth keeping: give another --out.")
+    before = read(out) if out.exists() else []
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; give --device cpu or auto.")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, "
@@ -277,7 +283,6 @@ def speed(
     rows = [row for job in tqdm(jobs, unit="race") for row in job()]
     rows = [dataclasses.replace(row, **about) for row in rows]
     here = about["machine"], device, threads
-    before = read(out) if out.exists() else []
     kept = [row for row in before if (row.machine, row.device, row.threads) != here]
     write(out, kept + rows)
     print(markdown(rows))
@@ -299,7 +304,8 @@ def markdown(rows: list[Row]) -> str:
         + (f", {row.gflops:,.0f} GFLOP/s." if row.gflops else f", {millions(row)} parameters.")
         for row in rows if row.what in LIMITS
     )  # fmt: skip
-    about = f"{one.machine}; {one.device}, {one.threads} threads; {one.versions}; {one.commit}."
+    threads = f"{one.threads} thread" + "s" * (one.threads > 1)
+    about = f"{one.machine}; {one.device}, {threads}; {one.versions}; {one.commit}."
     races = [row for row in rows if row.what == "imagine" and not row.grows]
     logo = {(r.task, r.mode): r.seconds for r in races if r.implementation == "LOGO"}
     by_code: dict[str, list[str]] = {}
@@ -315,8 +321,9 @@ def markdown(rows: list[Row]) -> str:
     for row in rows:
         if row.what in TRAINING and not row.grows:
             trained.setdefault((row.seeds, row.mode), []).append(row)
+    work = [f"{row.what}, {row.unit}" for row in next(iter(trained.values()))]
     tables.append(grid(
-        ["seeds at once", "mode", *(f"{what}, per second" for what in TRAINING), "memory, MB"],
+        ["seeds at once", "mode", *work, "peak memory, MB"],
         [[*key, *map(rate_and_share, some), f"{max(row.peak_memory_mb or 0 for row in some):,.0f}"]
          for key, some in trained.items()],
     ))  # fmt: skip

@@ -159,9 +159,13 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
+    """What `write` has written; of anything else, a ValueError."""
     kinds = {f.name: (get_args(f.type) or (f.type,))[0] for f in dataclasses.fields(Row)}
     with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != list(kinds):
+            raise ValueError(f"{path} has other columns than `benchmark.py speed` writes.")
         return [
             Row(**{name: kinds[name](cell) for name, cell in line.items() if cell})
-            for line in csv.DictReader(file)
+            for line in reader
         ]

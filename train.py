@@ -13,7 +13,6 @@ buffer.py; what is not the method in prepare.py, run.py, measures.py, report.py 
 """
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,13 +280,13 @@ def phase_1_world_model(runs: Runs, logs: list[Log], updates: Updates) -> None:
 
 def imagine(runs: Runs, updates: Updates) -> None:
     """Phase 2, Algorithm 1, lines 8-22: one collection into every run's D_m."""
-    args, started, size = runs.args, time.time(), (runs.args.horizon, runs.args.rollouts)
+    args, started, size = runs.args, runs.now(), (runs.args.horizon, runs.args.rollouts)
     rollouts = updates.imagine(
         runs.rows(args.rollouts),
         runs.draw(lambda run: run.actor.noise((*size, *run.data.actions.shape[1:]), run.rng)),
         runs.draw(lambda run: torch.rand(size, generator=run.rng, device=run.device)),
     )
-    if not rollouts["u"].isfinite().all():  # the one look at the values, once per collection
+    if not rollouts["u"].isfinite().all():  # a look at the values, once per collection
         raise FloatingPointError(
             f"Phase 2, policy update {runs.progress['policy'] + 1}: u is not finite; the model's "
             "rollouts diverge (--clamp keeps them in the data's range)."
@@ -299,7 +298,7 @@ def imagine(runs: Runs, updates: Updates) -> None:
         rollout["u"] = rollout["u"] / args.u_scale  # Deviation D20
         run.model_data.add(rollout, args.cap, weighted=args.uncertainty == "weight")
         run.imagined_rows += args.horizon * args.rollouts
-    runs.seconds["imagine"] += time.time() - started
+    runs.seconds["imagine"] += runs.now() - started
 
 
 def phases_2_and_3_policy(runs: Runs, logs: list[Log], updates: Updates) -> None:
@@ -374,6 +373,8 @@ def cli(argv: list[str] | None = None) -> list[dict]:
         return main(tyro.cli(Args, description=__doc__, args=argv, default=start))
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         sys.exit(f"train.py: {e}")
+    except torch.OutOfMemoryError:
+        sys.exit("train.py: the GPU's memory is full: lower --num-seeds, --retain or --rollouts.")
 
 
 if __name__ == "__main__":

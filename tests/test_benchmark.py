@@ -1,7 +1,9 @@
 """The benchmark measures what it says: FLOPs, the rival's computation, rows with finite numbers."""
 
 import dataclasses
+import json
 import math
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -134,15 +136,15 @@ def test_a_missing_checkout_is_one_sentence(tmp_path):
 def test_a_grid_runs_what_is_missing_resumes_what_was_begun_and_names_what_failed(
     tmp_path, monkeypatch, capsys
 ):
-    def touch(folder, name):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        (tmp_path / folder / name).touch()
-
-    for k in (1, 2):  # LOGO is finished, MACQL on 2s3z was interrupted, on 3s_vs_5z not begun
-        touch(f"3s_vs_5z-medium-logo/seed{k}", "final.json")
-        touch(f"2s3z-medium-logo/seed{k}", "final.json")
-        touch(f"2s3z-medium-macql/seed{k}", "checkpoint.pt")
-    calls = []
+    maps, calls = ("3s_vs_5z", "2s3z"), []
+    every = benchmark.cells(maps, ["medium"], ["logo", "macql"], 2, "--threads 1", tmp_path)
+    for cell in every:  # LOGO is finished, MACQL on 2s3z was interrupted, on 3s_vs_5z not begun
+        for seed in cell.seeds if cell.folder.name != "3s_vs_5z-medium-macql" else ():
+            seed.mkdir(parents=True)
+            finished = cell.folder.name.endswith("logo")
+            (seed / ("final.json" if finished else "checkpoint.pt")).write_text(
+                json.dumps({"args": cell.args | {"seed": int(seed.name[-1])}})
+            )
 
     def run(command, stdout, **_):
         calls.append(command)
@@ -152,12 +154,47 @@ def test_a_grid_runs_what_is_missing_resumes_what_was_begun_and_names_what_faile
 
     monkeypatch.setattr(benchmark.subprocess, "run", run)
     monkeypatch.setattr(benchmark.report, "compare", lambda folders: f"{len(folders)} runs")
-    flags = ("--env-ids", "3s_vs_5z", "2s3z", "--qualities", "medium", "--num-seeds", "2")
+    flags = ["grid", "--env-ids", *maps, "--qualities", "medium", "--num-seeds", "2"]
+    flags += ["--out", str(tmp_path)]
     with pytest.raises(SystemExit, match="3s_vs_5z.*no such thing"):
-        benchmark.cli(["grid", *flags, "--flags=--threads 1", "--out", str(tmp_path)])
+        benchmark.cli([*flags, "--flags=--threads 1"])
     assert [("--resume" in call, call[call.index("--env-id") + 1]) for call in calls] == [
         (False, "3s_vs_5z"), (True, "2s3z"),
     ]  # fmt: skip
     for call in calls:
         assert " ".join(call).count("--num-seeds 2 --synthetic-fraction 0 --threads 1 --out") == 1
     assert "4 runs" in capsys.readouterr().out
+
+    # what is finished was made with other flags
+    with pytest.raises(SystemExit, match="logo/seed1/final.json is of a run with --threads 1: "):
+        benchmark.cli([*flags, "--methods", "logo"])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        ("grid --jobs 0", "--jobs 0"),
+        ("grid --flags=--seed=3", "--seed=3 is for the grid itself"),
+        ("grid --flags='--threads 1 --num-seeds 3'", "--num-seeds is for the grid itself"),
+        ("grid --flags=--u-scale=0", "--u-scale is 0"),
+        ("speed --threads 0", "--threads 0: give 1 or more"),
+        ("speed --quick", "--quick .* another --out"),
+        ("speed --compiled", "no C\\+\\+ compiler"),
+        ("speed --device cuda", "no GPU"),
+        ("speed --out README.md", "README.md has other columns"),
+        ("table --path README.md", "README.md has other columns"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_before_any_work(command, told, monkeypatch):
+    def works(*args, **kwargs):
+        raise AssertionError("work was done")
+
+    monkeypatch.chdir(benchmark.Path(benchmark.__file__).parent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(Clock, "race", works)
+    monkeypatch.setattr(benchmark.subprocess, "run", works)
+    with pytest.raises(SystemExit, match=told) as error:
+        benchmark.cli(shlex.split(command))
+    assert "\n" not in str(error.value)

@@ -524,15 +524,16 @@ def test_a_recorded_function_keeps_its_own_inputs_and_follows_what_is_set_in_pla
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("seeds", [(1,), (1, 2)])
 @KINDS
-def test_recorded_and_eager_updates_do_the_same(tmp_path, discrete, seeds):
+def test_recorded_and_eager_updates_do_the_same(tmp_path, discrete, seeds, compiled):
     """With a step size that falls, which a graph must read anew."""
+    torch.compiler.reset()
+    recorded = {"device": "cuda", "cudagraphs": True, "compile": compiled}
     eager = trained(make_runs(tmp_path, seeds, discrete, device="cuda"))
-    graphs = trained(make_runs(tmp_path, seeds, discrete, device="cuda", cudagraphs=True))
-    constant = trained(
-        make_runs(tmp_path, seeds, discrete, device="cuda", cudagraphs=True, lr_decay=False)
-    )
+    graphs = trained(make_runs(tmp_path, seeds, discrete, **recorded))
+    constant = trained(make_runs(tmp_path, seeds, discrete, **recorded, lr_decay=False))
     for a, b, c in zip(graphs, eager, constant, strict=True):
         assert_same_training(a, b, rel=1e-4, abs=1e-4)
         assert a[1][-1][3] != pytest.approx(c[1][-1][3], rel=1e-4)
