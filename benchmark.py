@@ -4,8 +4,8 @@
   python benchmark.py grid --flags="--compile --cudagraphs" --jobs 4        the same on a GPU
   python benchmark.py speed                 updates, rollouts and rivals, timed (speed.py): a CPU
   python benchmark.py speed --device cuda --compiled    a GPU, in every mode that it has
-  python benchmark.py speed --offlinerl-kit OfflineRL-Kit     against public code, too, after
-      git clone https://github.com/yihaosun1124/OfflineRL-Kit
+  python benchmark.py speed --offlinerl-kit ../OfflineRL-Kit  against public code, too, after
+      git clone https://github.com/yihaosun1124/OfflineRL-Kit ../OfflineRL-Kit
   python benchmark.py table                 what `speed` measured, as tables in Markdown
 
 A cell of the grid is one call of train.py with --num-seeds. The grid goes on where it stopped:
