@@ -65,10 +65,8 @@ def play(cell: Cell) -> str | None:
     """Run a cell to its end; what went wrong, if anything did."""
     finished = [file for seed in cell.seeds if (file := seed / "final.json").exists()]
     for file in finished:
-        theirs = json.loads(file.read_text())["args"]
-        differ = {
-            k: v for k, v in cell.args.items() if k not in ("seed", "resume") and theirs.get(k) != v
-        }
+        theirs = json.loads(file.read_text())["args"] | {"seed": 1, "resume": False}
+        differ = [k for k, v in cell.args.items() if theirs.get(k) != v]
         if told := ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ):
             return f"{file} is of a run with {told}: give another --out"
     if len(finished) == len(cell.seeds):
@@ -106,10 +104,8 @@ def grid(
     """
     if jobs < 1 or num_seeds < 1:
         raise ValueError(f"--jobs {jobs}, --num-seeds {num_seeds}: give 1 or more.")
-    every, started = (
-        cells(env_ids, qualities, methods, num_seeds, flags, out.absolute()),
-        time.time(),
-    )
+    started = time.time()
+    every = cells(env_ids, qualities, methods, num_seeds, flags, out.absolute())
     with ThreadPoolExecutor(jobs) as pool:
         failures = [e for e in tqdm(pool.map(play, every), total=len(every), unit="cell") if e]
     finished = [s for cell in every for s in cell.seeds if (s / "final.json").exists()]

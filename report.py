@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import torch
 
 import datasets
@@ -76,10 +77,9 @@ def finish(runs: Runs, method: str, commit: str) -> list[dict]:
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
     """Mean over seeds and half its 95 % interval by Student's t, for the seeds are few."""
-    few = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
     if len(values) == 1:
         return values[0], math.inf
-    quantile = few.get(len(values), 2.26)
+    quantile = scipy.stats.t.ppf(0.975, len(values) - 1)
     return float(np.mean(values)), float(quantile * np.std(values, ddof=1) / len(values) ** 0.5)
 
 

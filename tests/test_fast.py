@@ -13,6 +13,7 @@ import shutil
 import types
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -541,18 +542,7 @@ def test_recorded_and_eager_updates_do_the_same(tmp_path, discrete, seeds, compi
 
 # ------------------------------------------------------------------------------------ whole runs
 
-TINY = (
-    "--updates 6 --wm-updates 4 --batch-size 16 --wm-batch-size 16 --hidden 16 --wm-hidden 16 "
-    "--rollouts 8 --collect-every 1 --retain 2 --horizon 3 --eval-every 2 --eval-episodes 8 "
-    "--final-evals 2 --log-every 1 --checkpoint-every 2 --threads 1 --device cpu --u-scale 5"
-).split()
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "tiny.h5"
-    collect.record("3s_vs_5z", "medium", episodes=8, seed=0, path=path)
-    return path
+TINY = [*conftest.TINY, "--collect-every", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -608,6 +598,8 @@ def test_the_seeds_are_told_apart_and_summed_up(pair):
     mean = (first["eval"]["return_mean"] + second["eval"]["return_mean"]) / 2
     assert first["over_seeds"] == second["over_seeds"]
     assert first["over_seeds"]["return_mean"] == pytest.approx(mean)
+    apart = abs(first["eval"]["return_mean"] - second["eval"]["return_mean"])
+    assert first["over_seeds"]["return_ci95"] == pytest.approx(12.7062 * apart / 2, rel=1e-4)
     assert first["over_seeds"]["seeds"] == [4, 5]
 
 

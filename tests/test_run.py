@@ -13,25 +13,13 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
+from conftest import TINY
 
 import checkpoint
-import collect
 import run as run_module
 import train
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-TINY = (
-    "--updates 6 --wm-updates 4 --batch-size 16 --wm-batch-size 16 --hidden 16 --wm-hidden 16 "
-    "--rollouts 8 --collect-every 2 --retain 2 --horizon 3 --eval-every 2 --eval-episodes 8 "
-    "--final-evals 2 --log-every 1 --checkpoint-every 2 --threads 1 --device cpu --u-scale 5"
-).split()
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "tiny.h5"
-    collect.record("3s_vs_5z", "medium", episodes=8, seed=0, path=path)
-    return path
 
 
 @pytest.fixture
