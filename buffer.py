@@ -1,64 +1,76 @@
-"""Data, real and imagined, in one shape.
+"""Recorded and imagined transitions in one shape.
 
-  OfflineDataset   D:   recorded episodes, drawn uniformly; some episodes are held out for testing
-  SyntheticBuffer  D_m: the latest collections of imagined rollouts, drawn with Eq. (7):
-                        w = softmax(P_u),  P_u = clip(C - u, [0, C]),  u = the model's doubt
+  OfflineDataset   D:   recorded episodes, sampled uniformly; some episodes are held out for testing
+  SyntheticBuffer  D_m: the latest imagined rollouts, sampled with the weights of Eq. (7),
+                        w = softmax(P_u),  P_u = clip(C - u / u_scale, [0, C]),  u = uncertainty
   mix              one training batch out of both (Algorithm 1, lines 24-29)
 
-Both keep each observation once: a row's successor is another row. Drawing from D_m
-costs one binary search a row in the cumulative weights, which are summed once per collection;
-`torch.multinomial` would sum them at every draw, and takes at most 2^24 rows. `sample` is `draw`,
-which is random, and `gather`, which computes: training calls them apart.
+    data = OfflineDataset(obs, state, actions, avail, reward, terminated, lengths)
+    batch = data.sample(256, generator)              # a Batch of (o, s, a, r, o', s', ...)
+    model_data.add(rollout)                          # what LogoWM.imagine returns
+    batch, is_real = mix(data.sample(64, generator), model_data.sample(64, generator))
+
+Both store every observation once: the successor of a transition is another row of the same table.
+
+Departures from the paper, each with a flag of train.py (docs/deviations.md):
+  D10  D_m keeps the latest rollouts only.
+  D20  u is divided by `u_scale` before it enters P_u.
 
 Sizes: B batch, N agents, O observation, S state, A action (one-hot if discrete), H horizon,
-       R rows of D with each episode's last observation, M rollouts a collection, C the paper's cap.
+       R rows of D (transitions plus one final observation per episode), M rollouts per collection.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 
 
 class Batch(NamedTuple):
-    """Transitions; float32, raw units, on the training device."""
+    """B transitions: float32, raw units, on the training device."""
 
     obs: torch.Tensor  # (B,N,O)
     state: torch.Tensor  # (B,S)
     actions: torch.Tensor  # (B,N,A)
-    avail: torch.Tensor | None  # (B,N,A) 1 = may be taken; None: continuous actions
-    reward: torch.Tensor  # (B,)
+    avail: torch.Tensor | None  # (B,N,A) 1 = the action is available; None: continuous actions
+    reward: torch.Tensor  # (B,) of the whole team
     next_obs: torch.Tensor  # (B,N,O)
     next_state: torch.Tensor  # (B,S)
     next_avail: torch.Tensor | None  # (B,N,A)
-    terminated: torch.Tensor  # (B,) 1 = no value beyond; a time limit is not a termination
+    terminated: torch.Tensor  # (B,) 1 = no value beyond this step; a time limit does not set it
 
 
-def rows_to_batch(obs, state, actions, avail, reward, terminated, now, then) -> Batch:
-    """Gather the transitions from rows `now` to rows `then`, both (B,) int64."""
+def gather(columns: tuple, rows: torch.Tensor, next_rows: torch.Tensor) -> Batch:
+    """The transitions from `rows` to `next_rows`, both (B,) int64.
+
+    Args:
+        columns: obs, state, actions, avail or None, reward, terminated; each (rows, ...).
+    """
+    obs, state, actions, avail, reward, terminated = columns
     return Batch(
-        obs=obs[now],
-        state=state[now],
-        actions=actions[now],
-        avail=None if avail is None else avail[now],
-        reward=reward[now],
-        next_obs=obs[then],
-        next_state=state[then],
-        next_avail=None if avail is None else avail[then],
-        terminated=terminated[now],
+        obs=obs[rows],
+        state=state[rows],
+        actions=actions[rows],
+        avail=None if avail is None else avail[rows],
+        reward=reward[rows],
+        next_obs=obs[next_rows],
+        next_state=state[next_rows],
+        next_avail=None if avail is None else avail[next_rows],
+        terminated=terminated[rows],
     )
 
 
 class OfflineDataset:
-    """D: whole episodes, end to end, each with one row more than it has transitions.
+    """D: whole episodes one after the other, each with one row more than it has transitions.
 
     Args:
         obs (R,N,O), state (R,S), actions (R,N,A), avail (R,N,A) or None, reward (R,),
         terminated (R,): float32. The last row of an episode is its final observation; its action,
             reward and terminated are never read.
-        lengths: transitions per episode, sum(lengths) + len(lengths) = R.
+        lengths: transitions of each episode; sum(lengths) + len(lengths) = R.
         holdout: share of the episodes that `sample` never draws from; at least one, never all.
-        seed: of the choice of held-out episodes, so that every method is tested on the same ones.
+        seed: of the choice of held-out episodes.
+    Raises:
+        ValueError: fewer than two episodes, or lengths that do not add up to R.
     """
 
     def __init__(
@@ -67,10 +79,9 @@ class OfflineDataset:
         lengths = torch.as_tensor(lengths)
         if len(lengths) < 2:
             raise ValueError(f"{len(lengths)} episodes: at least two are needed, one is held out.")
-        if int(lengths.sum()) + len(lengths) != len(obs):
-            raise ValueError(
-                f"lengths need {int(lengths.sum()) + len(lengths)} rows, not {len(obs)}."
-            )
+        rows = int(lengths.sum()) + len(lengths)
+        if rows != len(obs):
+            raise ValueError(f"lengths need {rows} rows, not {len(obs)}.")
         self.obs, self.state, self.actions, self.avail = obs, state, actions, avail
         self.reward, self.terminated, self.lengths = reward, terminated, lengths
         starts = torch.cumsum(lengths + 1, 0) - lengths - 1  # (episodes,) first row of each
@@ -85,22 +96,19 @@ class OfflineDataset:
             return torch.cat(rows).to(obs.device)
 
         self.held_out = transitions(order[:cut].sort().values)  # row numbers
-        self.train = transitions(order[cut:].sort().values)
-
-    def draw(self, size: int, generator: torch.Generator) -> torch.Tensor:
-        """Rows (B,): uniform over the training transitions, with replacement."""
-        device = self.train.device
-        pick = torch.randint(len(self.train), (size,), generator=generator, device=device)
-        return self.train[pick]
+        self.train = transitions(order[cut:].sort().values)  # row numbers
 
     def gather(self, rows: torch.Tensor) -> Batch:
         """The transitions that start in these rows (B,)."""
         columns = (self.obs, self.state, self.actions, self.avail, self.reward, self.terminated)
-        return rows_to_batch(*columns, rows, rows + 1)
+        return gather(columns, rows, rows + 1)
 
     def sample(self, size: int, generator: torch.Generator) -> Batch:
-        """Uniform over the training transitions, with replacement."""
-        return self.gather(self.draw(size, generator))
+        """`size` training transitions, uniform with replacement."""
+        pick = torch.randint(
+            len(self.train), (size,), generator=generator, device=self.train.device
+        )
+        return self.gather(self.train[pick])
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Mean, standard deviation, minimum and maximum of o (N,O), s (S,) and r () in D."""
@@ -116,40 +124,47 @@ class OfflineDataset:
         return result
 
 
-class SyntheticBuffer(nn.Module):
+class SyntheticBuffer:
     """D_m: a ring of the latest `retain` collections of M rollouts over H steps.
 
-    Everything is allocated once, on `device`; `add` overwrites the oldest collection. A module only
-    in that it owns tensors.
+    Everything is allocated once; `add` overwrites the oldest collection (Deviation D10).
+
+    Args:
+        retain: collections that are kept.
+        horizon, rollouts: H and M of each collection.
+        num_agents, obs_dim, state_dim, action_dim: N, O, S, A.
+        device: where the rows are kept.
+        discrete: rows have a mask of available actions.
+        cap: C of Eq. (7): bound of P_u; exp(-C) is the smallest relative weight of a row.
+        u_scale: unit of u in P_u; the paper: 1.
+        weighted: False samples every row alike (the ablation without Eq. (7)).
     """
+
+    COLUMNS = ("obs", "state", "actions", "avail", "reward", "terminated")
 
     def __init__(
         self, retain, horizon, rollouts, num_agents, obs_dim, state_dim, action_dim, device,
-        discrete=True,
+        discrete=True, cap=10.0, u_scale=0.2, weighted=True,
     ):  # fmt: skip
-        super().__init__()
         self.retain, self.horizon, self.rollouts, self.collections = retain, horizon, rollouts, 0
+        self.cap, self.u_scale, self.weighted = cap, u_scale, weighted
 
-        def column(*shape: int) -> nn.Buffer:  # flat row (c, h, m), its successor M rows later
-            return nn.Buffer(torch.zeros(retain, horizon + 1, rollouts, *shape, device=device))
+        def column(*shape: int) -> torch.Tensor:  # the successor of row (c, h, m) is (c, h+1, m)
+            return torch.zeros(retain, horizon + 1, rollouts, *shape, device=device)
 
         self.obs, self.state = column(num_agents, obs_dim), column(state_dim)
         self.actions = column(num_agents, action_dim)
         self.avail = column(num_agents, action_dim) if discrete else None
         self.reward, self.terminated = column(), column()
-        self.p_u = nn.Buffer(torch.full((retain, horizon, rollouts), -torch.inf, device=device))
-        self.cdf = nn.Buffer(torch.zeros(self.p_u.numel(), device=device, dtype=torch.float64))
-        self.ess = nn.Buffer(torch.ones((), device=device, dtype=torch.float64))
+        self.p_u = torch.full((retain, horizon, rollouts), -torch.inf, device=device)
 
-    def add(self, rollout: dict[str, torch.Tensor], cap: float, weighted: bool = True) -> None:
-        """Store one collection and sum up the sampling weights.
+    def add(self, rollout: dict[str, torch.Tensor]) -> None:
+        """Store one collection in place of the oldest one.
 
         Args:
             rollout: obs (H+1,M,N,O), state (H+1,M,S), avail (H+1,M,N,A) if discrete; actions
-                (H,M,N,A), reward, terminated, u, filled (H,M). `filled` is 1 where the rollout was
-                still on.
-            cap: C, bound of the confidence P_u; exp(-C) is the least relative weight of a row.
-            weighted: False draws every row alike (the ablation without Eq. (7)).
+                (H,M,N,A), reward, terminated, uncertainty, valid (H,M). `valid` is 0 for steps
+                after the end of a rollout: they are never sampled.
         """
         slot = self.collections % self.retain
         for name in ("obs", "state", "avail"):
@@ -157,77 +172,79 @@ class SyntheticBuffer(nn.Module):
                 getattr(self, name)[slot] = rollout[name]
         for name in ("actions", "reward", "terminated"):
             getattr(self, name)[slot, :-1] = rollout[name]
-        p_u = (cap - rollout["u"]).clamp(0, cap) if weighted else torch.zeros_like(rollout["u"])
-        self.p_u[slot] = p_u.masked_fill(rollout["filled"] == 0, -torch.inf)
+        u = rollout["uncertainty"] / self.u_scale  # Deviation D20
+        p_u = (self.cap - u).clamp(0, self.cap) if self.weighted else torch.zeros_like(u)
+        self.p_u[slot] = p_u.masked_fill(rollout["valid"] == 0, -torch.inf)
         self.collections += 1
-        w = torch.softmax(self.p_u.flatten().double(), 0)  # (retain*H*M,)  Eq. (7)
-        self.cdf.copy_(w.cpu().cumsum(0))  # on a GPU, cumsum is not reproducible
-        # effective share of D_m's rows, 0..1
-        self.ess.copy_(1.0 / (w.square().sum() * (w > 0).sum()))
+        self.weigh()
 
-    def draw(self, size: int, generator: torch.Generator) -> torch.Tensor:
-        """Points (B,) on [0,1), float64, for `gather` to find the rows they fall on.
+    def weigh(self) -> None:
+        """Sum up the sampling weights, once per collection, so that a draw is a binary search.
+
+        `torch.multinomial` would sum them at every draw, and takes at most 2^24 rows.
+        """
+        w = torch.softmax(self.p_u.flatten().double(), 0)  # (retain*H*M,)  Eq. (7)
+        self.cdf = w.cpu().cumsum(0).to(w.device)  # on a GPU, cumsum is not reproducible
+        # share of the rows that the weights effectively use, 0..1
+        self.effective_share = 1.0 / (w.square().sum() * (w > 0).sum())
+
+    def sample(self, size: int, generator: torch.Generator) -> Batch:
+        """`size` imagined transitions, each with probability w of Eq. (7), with replacement.
 
         Raises:
-            RuntimeError: nothing was collected yet.
+            RuntimeError: nothing was added yet.
         """
         if self.collections == 0:
             raise RuntimeError("The synthetic buffer is empty: call add before sample.")
         device = self.cdf.device
-        return torch.rand(size, generator=generator, device=device, dtype=torch.float64)
-
-    def gather(self, points: torch.Tensor) -> Batch:
-        """The transitions that points (B,) fall on, each as wide as its weight w of Eq. (7)."""
-        # right=True never lands on a row of weight zero, not even for point 0
+        points = torch.rand(size, generator=generator, device=device, dtype=torch.float64)
+        # right=True never picks a row of weight zero, not even for the point 0
         pick = torch.searchsorted(self.cdf, points * self.cdf[-1], right=True)
         collection = pick // (self.horizon * self.rollouts)
         row = pick + collection * self.rollouts  # each collection has M rows more than transitions
-        columns = (self.obs, self.state, self.actions, self.avail, self.reward, self.terminated)
-        flat = [None if x is None else x.flatten(0, 2) for x in columns]
-        return rows_to_batch(*flat, row, row + self.rollouts)
+        columns = (getattr(self, name) for name in self.COLUMNS)
+        flat = tuple(None if x is None else x.flatten(0, 2) for x in columns)
+        return gather(flat, row, row + self.rollouts)
 
-    def sample(self, size: int, generator: torch.Generator) -> Batch:
-        """Rows with probability w of Eq. (7), with replacement."""
-        return self.gather(self.draw(size, generator))
+    def state_dict(self) -> dict:
+        """Rows and weights for a checkpoint; without rows while nothing was added."""
+        names = (*self.COLUMNS, "p_u") if self.collections else ()
+        return {"collections": self.collections} | {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` returned for a buffer of the same sizes."""
+        self.collections = state["collections"]
+        for name in state.keys() - {"collections"}:
+            if state[name] is not None:
+                getattr(self, name).copy_(state[name])
+        if self.collections:
+            self.weigh()
 
 
-def mix(
-    real: Batch, synthetic: Batch | None, coin: torch.Tensor | None = None
-) -> tuple[Batch, torch.Tensor]:
-    """One batch of both, the real rows first; and (B,) 1 where a row is real.
-
-    Args:
-        coin: () 0 or 1 makes it a batch of one kind: all real, or all synthetic (Algorithm 1, line
-            25). Both are then of size B; choosing without looking at the coin spares a host sync.
-    """
-    ones = torch.ones_like(real.reward)
-    if synthetic is None:
-        return real, ones
-    pairs = zip(real, synthetic, strict=True)
-    if coin is not None:
-        either = [None if a is None else torch.where(coin > 0, b, a) for a, b in pairs]
-        return Batch(*either), ones * (1 - coin)
-    both = [None if a is None else torch.cat([a, b]) for a, b in pairs]
-    return Batch(*both), torch.cat([ones, torch.zeros_like(synthetic.reward)])
+def mix(real: Batch, synthetic: Batch) -> tuple[Batch, torch.Tensor]:
+    """One batch of both, the real rows first; and is_real (B,): 1 where a row is of D."""
+    both = [None if a is None else torch.cat([a, b]) for a, b in zip(real, synthetic, strict=True)]
+    is_real = torch.cat([torch.ones_like(real.reward), torch.zeros_like(synthetic.reward)])
+    return Batch(*both), is_real
 
 
 def _self_check():
-    """Draw from D_m and compare the frequencies with Eq. (7), computed by hand."""
+    """Sample from D_m and compare the frequencies with Eq. (7), computed by hand."""
     g = torch.Generator().manual_seed(0)
     horizon, rollouts, cap = 3, 4, 2.0
-    buffer = SyntheticBuffer(2, horizon, rollouts, 1, 1, 1, 2, "cpu")
+    buffer = SyntheticBuffer(2, horizon, rollouts, 1, 1, 1, 2, "cpu", cap=cap, u_scale=1.0)
     kept = {}
     for c in range(3):  # three collections into a ring of two: the first one is overwritten
         number = 100.0 * c + torch.arange((horizon + 1) * rollouts).view(horizon + 1, rollouts)
         u = torch.rand(horizon, rollouts, generator=g) * 3
-        filled = (torch.rand(horizon, rollouts, generator=g) > 0.2).float()
+        valid = (torch.rand(horizon, rollouts, generator=g) > 0.2).float()
         shape = (horizon + 1, rollouts, 1, 2)
         rollout = {"obs": number[..., None, None], "state": number[..., None],
                    "avail": torch.ones(shape), "actions": torch.zeros(shape)[:-1],
                    "reward": number[:-1], "terminated": torch.zeros(horizon, rollouts),
-                   "u": u, "filled": filled}  # fmt: skip
-        buffer.add(rollout, cap)
-        weight = torch.exp((cap - u).clamp(0, cap)) * filled
+                   "uncertainty": u, "valid": valid}  # fmt: skip
+        buffer.add(rollout)
+        weight = torch.exp((cap - u).clamp(0, cap)) * valid
         if c > 0:
             kept |= dict(
                 zip(number[:-1].flatten().tolist(), weight.flatten().tolist(), strict=True)
@@ -235,12 +252,12 @@ def _self_check():
     batch = buffer.sample(200_000, g)
     assert torch.equal(batch.next_state[:, 0], batch.state[:, 0] + rollouts)
     total = sum(kept.values())
-    print("row   Eq. (7)  drawn")
+    print("row   Eq. (7)  sampled")
     for number, weight in list(kept.items())[:6]:
-        drawn = (batch.reward == number).float().mean().item()
-        print(f"{number:4.0f}  {weight / total:7.4f}  {drawn:.4f}")
-        assert abs(drawn - weight / total) < 0.004
-    print(f"effective share of the rows: {buffer.ess.item():.2f}")
+        sampled = (batch.reward == number).float().mean().item()
+        print(f"{number:4.0f}  {weight / total:7.4f}  {sampled:.4f}")
+        assert abs(sampled - weight / total) < 0.004
+    print(f"effective share of the rows: {buffer.effective_share.item():.2f}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
-"""Environments: one vectorised interface, one episode per slot, and `evaluate`.
+"""Environments: one interface for every simulator, SMAX behind it, and `evaluate`.
 
   env = make("3s_vs_5z", num_envs=512)
   now = env.reset(seed=1)                      # Step(obs, state, avail, reward, terminated, ...)
-  while not now.over.all():
-      now = env.step(act(now.obs, now.avail))  # slots whose episode is over stand still, reward 0
+  while not now.done.all():
+      now = env.step(act(now.obs, now.avail))  # finished episodes stand still and pay nothing
 
-Every backend speaks this interface, so that the same `evaluate`, the same recorder (collect.py) and
-the same trainer serve them all. Scores of different backends are never comparable.
+Every backend has this interface, so one `evaluate` and one recorder serve them all. Scores of
+different backends are never comparable.
 
   smax      the embedded default [Rutherford et al., "JaxMARL", 2024]: StarCraft's micro-management
             maps re-implemented in JAX, with the names and armies of SMAC but its own observations
-            and dynamics. Thousands of slots, no game.
+            and dynamics. Thousands of parallel episodes; StarCraft II is not needed.
   smac      SMAC [Samvelyan et al., 2019]: the same maps in StarCraft II itself, as in the public
-            datasets. One process of the game a slot.
+            datasets. One process of the game per parallel episode.
   smacv2    SMACv2 [Ellis et al., 2023]: its own scenarios in StarCraft II, such as terran_5_vs_5,
-            with random armies and positions. Never SMAC's maps, which it plays differently.
+            with random armies and positions. It does not play SMAC's maps.
   mamujoco  Multi-Agent MuJoCo [Peng et al., 2021]: a robot's joints divided among agents;
             continuous actions.
 
-  python envs.py                                                self-check: random play in SMAX
-  python envs.py watch RUN_DIR [--episodes 1] [--out FILE.gif]  a run's policy, playing
+This file contains SMAX; the other backends are in simulators/ and imported when they are asked for.
+`python envs.py` runs a self-check: random play in SMAX.
 
 Sizes: E parallel episodes, N agents, O observation, S state, A actions.
        obs (E,N,O)  state (E,S)  avail (E,N,A)  actions (E,N,A) one-hot  reward (E,)
@@ -29,9 +29,7 @@ import functools
 import importlib
 import os
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,9 +41,9 @@ MUJOCO_ROBOTS = (
     *("Hopper", "Ant", "HalfCheetah", "Walker2d", "Humanoid", "HumanoidStandup"),
     *("Reacher", "Swimmer", "Pusher"),
 )
-SMAX_REWARD_SCALE = 10.0  # SMAX pays at most 2 (damage 1, victory 1), SMAC at most 20: the field's
+SMAX_REWARD_SCALE = 10.0  # SMAX pays at most 2 per episode, SMAC at most 20: we report SMAC's scale
 SMACV2_ID = re.compile(r"(protoss|terran|zerg)_([1-9]\d*)_vs_([1-9]\d*)")
-PLAYS = {
+BACKENDS = {  # and what each of them plays
     "smax": "it plays StarCraft's maps, such as 3s_vs_5z",
     "smac": "it plays SMAC's maps, such as 3s_vs_5z",
     "smacv2": "it plays its own scenarios, such as terran_5_vs_5; on SMAC's maps it shows other "
@@ -64,7 +62,7 @@ class Spec(NamedTuple):
     state_dim: int  # S
     action_dim: int  # A: number of discrete actions, or dimensions of a continuous one
     discrete: bool
-    episode_limit: int  # steps after which an episode is cut off without being over
+    episode_limit: int  # steps after which an episode is truncated
 
 
 class Step(NamedTuple):
@@ -72,58 +70,60 @@ class Step(NamedTuple):
 
     obs: np.ndarray  # (E,N,O) float32
     state: np.ndarray  # (E,S) float32
-    avail: np.ndarray | None  # (E,N,A) float32, 1 = this action may be taken; None if continuous
-    reward: np.ndarray  # (E,) float32, of the whole team, on SMAC's scale (a won battle = 20)
-    terminated: np.ndarray  # (E,) bool, the task itself ended here: no value beyond
-    truncated: np.ndarray  # (E,) bool, the time limit cut it here: the value goes on
-    won: np.ndarray  # (E,) bool, battle won at this step
-    over: np.ndarray  # (E,) bool, this slot's episode has ended, now or earlier
+    avail: np.ndarray | None  # (E,N,A) float32, 1 = available; None: continuous actions
+    reward: np.ndarray  # (E,) float32, of the whole team, on SMAC's scale (a won episode pays 20)
+    terminated: np.ndarray  # (E,) bool, the task ended at this step: no value beyond
+    truncated: np.ndarray  # (E,) bool, the time limit was reached at this step: the value goes on
+    won: np.ndarray  # (E,) bool, won at this step
+    done: np.ndarray  # (E,) bool, the episode has ended at this step or before
 
 
 def make(
     env_id: str, num_envs: int = 1, backend: str = "auto", seed: int = 0, render: bool = False
 ):
-    """Build `num_envs` parallel copies of a task: a SmaxEnv, or its like of another backend.
+    """Build `num_envs` parallel copies of a task: a SmaxEnv, or its equivalent of another backend.
 
     Args:
         env_id: a map (3s_vs_5z), a scenario of SMACv2 (terran_5_vs_5), or a divided robot
             (HalfCheetah-6x1); `known_ids()` lists what runs without StarCraft II.
         num_envs: E, episodes that run side by side.
-        backend: smax, smac, smacv2, mamujoco, or auto: the one that the name belongs to, and
-            SMAX for StarCraft's maps.
-        seed: of the first `reset`; slot k's randomness depends on (seed, k) alone, not on E.
-        render: pictures will be taken (MuJoCo must be told beforehand).
+        backend: see `choose_backend`.
+        seed: of the first `reset`; episode k's randomness depends on (seed, k) alone, not on E.
+        render: `render()` will be called (MuJoCo must know beforehand).
     Raises:
-        ValueError: unknown task or backend, a backend that does not play this task, no slots, or
-            more slots than this backend can have.
+        ValueError: unknown task or backend, a backend that does not play this task, no episodes,
+            or more than this backend can run side by side.
         ImportError: the backend's simulator is not installed.
         FileNotFoundError: StarCraft II or the map's file is not installed.
     """
     if num_envs < 1:
         raise ValueError(f"num_envs is {num_envs}: at least one episode must run.")
-    if backend not in ("auto", *PLAYS):
-        raise ValueError(f"Unknown backend {backend!r}: choose one of auto, {', '.join(PLAYS)}.")
-    natural = natural_backend(env_id)
-    backend = natural if backend == "auto" else backend
-    if backend != natural and (backend, natural) != ("smac", "smax"):
-        raise ValueError(f"Backend {backend} cannot play {env_id!r}: {PLAYS[backend]}.")
+    backend = choose_backend(env_id, backend)
     if backend == "mamujoco":
-        return _neighbour("robots").MamujocoEnv(env_id, num_envs, seed, render)
+        simulator = importlib.import_module("simulators.mamujoco")
+        return simulator.MamujocoEnv(env_id, num_envs, seed, render)
     if backend in ("smac", "smacv2"):
-        starcraft = _neighbour("starcraft")
-        env = starcraft.SmacEnv(env_id, num_envs, backend, seed)
-        starcraft.require_starcraft(
-            env.map_file
-        )  # now, not at the first reset, when hours may have gone by
+        simulator = importlib.import_module("simulators.starcraft")
+        env = simulator.SmacEnv(env_id, num_envs, backend, seed)
+        simulator.require_starcraft(env.map_file)  # now, not at the first reset, hours later
         return env
     if env_id not in _import_smax().map_names:
         raise ValueError(f"Unknown env_id {env_id!r}: there are {', '.join(known_ids())}.")
     return SmaxEnv(env_id, num_envs, seed)
 
 
-def _neighbour(name: str):
-    """A file beside this one, by name: alone in a folder this one still runs, and plays SMAX."""
-    return importlib.import_module(name)
+def choose_backend(env_id: str, backend: str = "auto") -> str:
+    """The backend that plays this task: the one asked for, or for "auto" the task's natural one.
+
+    Raises:
+        ValueError: unknown backend, or one that does not play this task.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"Unknown backend {backend!r}: choose one of auto, {', '.join(BACKENDS)}.")
+    natural = natural_backend(env_id)
+    if backend in ("auto", natural) or (backend, natural) == ("smac", "smax"):
+        return natural if backend == "auto" else backend
+    raise ValueError(f"Backend {backend} cannot play {env_id!r}: {BACKENDS[backend]}.")
 
 
 def is_robot(env_id: str) -> bool:
@@ -159,7 +159,7 @@ class _Smax(NamedTuple):
 
 @functools.cache
 def _import_smax() -> _Smax:
-    # These networks are tiny and torch owns the GPU: JAX stays on the CPU unless told otherwise.
+    # The networks are small and torch uses the GPU: JAX stays on the CPU unless told otherwise.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         import jax
@@ -174,7 +174,7 @@ def _import_smax() -> _Smax:
 
 @functools.cache
 def _compile_smax(env_id: str) -> tuple:
-    """(environment, reset, step) of one map, jitted over slots; some seconds, once per process."""
+    """(environment, reset, step) of one map, compiled for E episodes; takes seconds, cached."""
     jax, environment, scenario, _ = _import_smax()
     env = environment(
         scenario=scenario(env_id),
@@ -197,20 +197,20 @@ def _compile_smax(env_id: str) -> tuple:
         left = jax.numpy.where(weak, 0.5, 1.0)
         health = state.state.unit_health.at[env.num_allies :].multiply(left)
         state = state.replace(state=state.state.replace(unit_health=health))
-        # Strong types: else the first step would be compiled twice, for weak and for strong ones.
+        # Strong types: otherwise step would be compiled twice, for weak and for strong types.
         state = jax.tree.map(lambda x: jax.numpy.asarray(x, x.dtype), state)
         return (key, state), view(state)
 
-    def step_one(carry, action, over):
+    def step_one(carry, action, done):
         key, state = carry
         key, sub = jax.random.split(key)
         actions = {a: action[i] for i, a in enumerate(env.agents)}
         _, after, reward, _, _ = env.step_env(sub, state, actions)
-        # A finished slot stands still; SMAX itself would let the dead fight on.
-        after = jax.tree.map(lambda old, new: jax.numpy.where(over, old, new), state, after)
+        # A finished episode stands still; SMAX itself would go on simulating it.
+        after = jax.tree.map(lambda old, new: jax.numpy.where(done, old, new), state, after)
         alive = after.state.unit_alive
         lost, beaten = ~alive[: env.num_allies].any(), ~alive[env.num_allies :].any()
-        reward = jax.numpy.where(over, 0.0, reward[env.agents[0]] * SMAX_REWARD_SCALE)
+        reward = jax.numpy.where(done, 0.0, reward[env.agents[0]] * SMAX_REWARD_SCALE)
         ended = (lost | beaten, after.state.step >= env.max_steps, beaten & ~lost)
         return (key, after), (*view(after), reward, *ended)
 
@@ -218,12 +218,12 @@ def _compile_smax(env_id: str) -> tuple:
 
 
 class SmaxEnv:
-    """E parallel battles on one SMAX map, allies against SMAX's heuristic enemy."""
+    """E parallel episodes on one SMAX map, the allies against SMAX's heuristic enemy."""
 
     def __init__(self, env_id: str, num_envs: int, seed: int):
         self._env, self._reset, self._step = _compile_smax(env_id)
         self.num_envs, self._seed = num_envs, seed
-        self.weakened = 0.0  # share of enemies with half their health: another game, to learn from
+        self.weakened = 0.0  # share of enemies that start with half their health (for a curriculum)
         agent = self._env.agents[0]
         self.spec = Spec(
             env_id=env_id,
@@ -236,37 +236,31 @@ class SmaxEnv:
             episode_limit=self._env.max_steps,
         )
 
-    def reset(self, seed: int | np.ndarray | None = None) -> Step:
-        """Start a fresh episode in every slot; without a seed, the next one in this env's order.
-
-        Args:
-            seed: K seeds divide the slots into K blocks; each is reset as an env of its own is.
-        """
-        if seed is not None:
-            self._seed = seed
-        seeds = np.atleast_1d(self._seed)
-        slots = np.arange(self.num_envs // len(seeds), dtype=np.uint32)
-        block = (np.repeat(seeds % 2**32, len(slots)).astype(np.uint32), np.tile(slots, len(seeds)))
-        self._carry, seen = self._reset(*block, np.float32(self.weakened))
-        self._seed = self._seed + 1
-        self._over = np.zeros(self.num_envs, bool)
+    def reset(self, seed: int | None = None) -> Step:
+        """Start a new episode in every slot; without a seed, with the last one plus 1."""
+        self._seed = self._seed if seed is None else seed
+        slots = np.arange(self.num_envs, dtype=np.uint32)
+        seeds = np.full(self.num_envs, self._seed % 2**32, np.uint32)
+        self._carry, seen = self._reset(seeds, slots, np.float32(self.weakened))
+        self._seed += 1
+        self._done = np.zeros(self.num_envs, bool)
         nothing = np.zeros(self.num_envs, bool)
         zero = np.zeros(self.num_envs, np.float32)
-        return Step(*map(np.asarray, seen), zero, nothing, nothing, nothing, self._over)
+        return Step(*map(np.asarray, seen), zero, nothing, nothing, nothing, self._done)
 
     def step(self, actions: np.ndarray) -> Step:
         """Advance every unfinished episode by one step.
 
         Args:
-            actions: (E,N,A) one-hot. An action that `avail` forbids has no effect in SMAX.
+            actions: (E,N,A) one-hot. An unavailable action has no effect in SMAX.
         """
         choice = np.asarray(actions).argmax(-1).astype(np.int32)  # (E,N)
-        self._carry, seen = self._step(self._carry, choice, self._over)
+        self._carry, seen = self._step(self._carry, choice, self._done)
         obs, state, avail, reward, terminated, timeout, won = map(np.asarray, seen)
-        fresh = ~self._over
-        self._over = self._over | terminated | timeout
-        ended = (terminated & fresh, timeout & ~terminated & fresh, won & fresh)
-        return Step(obs, state, avail, reward, *ended, self._over)
+        running = ~self._done
+        self._done = self._done | terminated | timeout
+        ended = (terminated & running, timeout & ~terminated & running, won & running)
+        return Step(obs, state, avail, reward, *ended, self._done)
 
     def render(self) -> np.ndarray:
         """Picture of slot 0, drawn by JaxMARL's own visualiser: (height,width,3) uint8."""
@@ -283,63 +277,56 @@ class SmaxEnv:
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Nothing to free."""
 
 
 # --------------------------------------------------------------------------------------------------
-# Playing
+# Evaluation
 # --------------------------------------------------------------------------------------------------
 
 
-def evaluate(env, act: Callable, episodes: int, seed: int) -> dict:
-    """Play whole episodes and report what they paid.
+def evaluate(env, act: Callable, episodes: int, seed: int, device: str = "cpu") -> dict:
+    """Play whole episodes and report their undiscounted returns.
 
     Args:
-        env: what `make` returns, E slots; the episodes are played in rounds of E.
-        act: (obs (E,N,O), avail (E,N,A) or None) CPU tensors -> actions (E,N,A); greedy to compare.
+        env: what `make` returns; the episodes are played in rounds of its E.
+        act: (obs (E,N,O), avail (E,N,A) or None), tensors -> actions (E,N,A).
         episodes: at least this many, rounded up to whole rounds.
-        seed: round k starts from seed + k, so two policies meet the same battles (not so in
-            StarCraft II itself, see `SmacEnv`).
+        seed: round k starts from seed + k, so two policies meet the same episodes (except in
+            StarCraft II itself, see `simulators.starcraft.SmacEnv`).
+        device: where `act` computes.
     Returns:
-        return_mean and its return_ci95 (half width, normal, undiscounted), win_rate (None where
-        there is nothing to win) and episodes.
+        return_mean and its return_ci95 (half width, normal), win_rate (None where nothing can be
+        won) and episodes.
     """
-    return evaluate_together(env, act, episodes, [seed])[0]
-
-
-def evaluate_together(env, act: Callable, episodes: int, seeds: list[int]) -> list[dict]:
-    """`evaluate` of K policies at once, each in its own block of E / K slots, from its own seed.
-
-    Args:
-        env: a SmaxEnv, or of any backend where K = 1.
-        act: as in `evaluate`, slots of the first policy first.
-    """
-    returns, wins, k = [], [], len(seeds)
-    for game in range(-(-episodes * k // env.num_envs)):
-        now = env.reset(np.array(seeds) + game if k > 1 else seeds[0] + game)
-        total, won = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
-        while not now.over.all():
-            avail = None if now.avail is None else torch.tensor(now.avail)
-            now = env.step(act(torch.tensor(now.obs), avail).numpy())
-            total, won = total + now.reward, won | now.won
-        returns.append(total.reshape(k, -1))
-        wins.append(won.reshape(k, -1))
-
-    def score(returns: np.ndarray, wins: np.ndarray) -> dict:
-        spread = returns.std(ddof=1) if len(returns) > 1 else 0.0
-        return {
-            "return_mean": float(returns.mean()),
-            "return_ci95": float(1.96 * spread / np.sqrt(len(returns))),
-            "win_rate": None if env.spec.backend == "mamujoco" else float(wins.mean()),
-            "episodes": len(returns),
-        }
-
-    games = zip(np.concatenate(returns, 1), np.concatenate(wins, 1), strict=True)
-    return [score(*of_seed) for of_seed in games]
+    returns, wins = [], []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's waiting threads would take the processor from the simulator
+    try:
+        for k in range(-(-episodes // env.num_envs)):
+            now = env.reset(seed + k)
+            total, won = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
+            while not now.done.all():
+                avail = None if now.avail is None else torch.tensor(now.avail, device=device)
+                actions = act(torch.tensor(now.obs, device=device), avail)
+                now = env.step(actions.cpu().numpy())
+                total, won = total + now.reward, won | now.won
+            returns.append(total)
+            wins.append(won)
+    finally:
+        torch.set_num_threads(threads)
+    returns, wins = np.concatenate(returns), np.concatenate(wins)
+    spread = returns.std(ddof=1) if len(returns) > 1 else 0.0
+    return {
+        "return_mean": float(returns.mean()),
+        "return_ci95": float(1.96 * spread / np.sqrt(len(returns))),
+        "win_rate": None if env.spec.backend == "mamujoco" else float(wins.mean()),
+        "episodes": len(returns),
+    }
 
 
 def random_policy(spec: Spec, seed: int) -> Callable:
-    """Uniform over what may be done, or over [-1,1]: the floor every score is read against."""
+    """Uniform over the available actions, or over [-1,1]: the lowest score worth comparing with."""
     g = torch.Generator().manual_seed(seed)
 
     def act(obs: torch.Tensor, avail: torch.Tensor | None) -> torch.Tensor:
@@ -354,9 +341,9 @@ def random_policy(spec: Spec, seed: int) -> Callable:
 def _self_check():
     env = make("3m", num_envs=64)
     first, again = (evaluate(env, random_policy(env.spec, 0), 64, seed=7) for _ in range(2))
-    assert first == again, "the same seed must give the same battles"
+    assert first == again, "the same seed must give the same episodes"
     act, now, steps = random_policy(env.spec, 1), env.reset(seed=1), 0
-    while not now.over.all():
+    while not now.done.all():
         now = env.step(act(torch.tensor(now.obs), torch.tensor(now.avail)).numpy())
         steps += 1
     assert steps <= env.spec.episode_limit and now.avail.shape == (64, 3, env.spec.action_dim)
@@ -369,9 +356,4 @@ def _self_check():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["watch"] and Path(__file__).with_name("watch.py").exists():
-        _neighbour("watch").cli(sys.argv[2:])
-    elif sys.argv[1:]:
-        sys.exit("envs.py: `watch RUN_DIR`, which needs watch.py beside this file, or no argument.")
-    else:
-        _self_check()
+    _self_check()

@@ -1,26 +1,35 @@
 """LOGO world model: local predictions, pieced together into a global one [Li et al., AAMAS 2026].
 
-  predict  (o^i, a^i, s) --E_p--> o_hat^i      every agent's next observation, its own small network
-  deduce   (o_hat^1..n)  --R_d--> s', r'       next state and reward, pieced together from these
-  doubt    (o, a, s)     --E_ps-> s_hat, r_hat the same, predicted directly;  u = |s_hat - s'|
+  predict  (o^i, a^i, s) --E_p--> o_hat^i       next observation of each agent, by its own network
+  deduce   (o_hat^1..n)  --R_d--> s', r'        next state and reward, from all predictions together
+  doubt    (o, a, s)     --E_ps-> s_hat, r_hat  the same, predicted directly;  u = |s_hat - s'|
   imagine  predict and deduce in turn, H steps, with a policy choosing the actions
 
-Training (`loss`) adds self-supervision by two more networks: R_p recovers (o^i, a^i) from o_hat^i,
-and E_d predicts the observations from (s', r), so that R_d learns on true and on predicted ones.
+    world_model = LogoWM(num_agents, obs_dim, state_dim, action_dim, statistics=data.statistics())
+    loss, metrics = world_model.loss(batch)                                  # train with any Adam
+    rollout = world_model.imagine(policy, starts, horizon=15, generator=g)   # for SyntheticBuffer
+
+`batch` and `starts` are `buffer.Batch`es, or anything with the same fields. Two more networks are
+for training only: R_p recovers (o^i, a^i) from o_hat^i, and E_d predicts the next observations from
+the true next state and reward, so that R_d also learns to invert that.
 
   E_p  encoder of the predictive model   R_p  its decoder     Eq. (2), Sec. 4.2
   E_d  encoder of the deductive model    R_d  its decoder     Eq. (3), (4), Sec. 4.2
   E_ps auxiliary state encoder           u    uncertainty     Eq. (5), (6), Sec. 4.3
 
-Raw units outside, standardised inside: the data's statistics are buffers of the module, so a saved
-model needs nothing beside it. The paper's E_p and R_p are separate networks for each agent; here
-they are one batched layer with a leading agent dimension, which computes the same.
+Tensors outside are in raw units; inside they are standardised with the data's statistics, which are
+buffers of the module and so part of its state_dict.
 
-Departures from the paper's letter; each has a switch (README, Deviations):
-  D1  R_d also sees s (and a) and adds to s: what no agent observes cannot be deduced from o_hat.
+Departures from the paper, each with a flag of train.py (docs/deviations.md):
+  D1  R_d also sees s (and a) and predicts the change of s: what no agent observes cannot be
+      deduced from o_hat.
   D2  Eq. (4) feeds E_p with (o_t, a_t, s_t), as Eq. (2) does; the paper prints o_{t+1}.
-  D3  Two heads beyond the paper: who may do what, and is the episode over.
+  D3  Two heads beyond the paper predict available actions and the end of the episode.
   D4  Imagined observations, states and rewards are clamped to the range of the data.
+Readings, where the paper leaves a choice: the Gaussians have variance 1, and their means are used
+wherever the paper samples from E_p, E_d or E_ps; E_p and E_ps predict changes of o and s; E_ps is
+one joint network, though Eq. (6) is written per agent; one state encoder serves all agents; norms
+in the losses are sums over dimensions.
 
 Sizes: B batch, N agents, O observation, S state, A action (one-hot if discrete), H horizon.
        o (B,N,O)  s (B,S)  a (B,N,A)  r (B,)  avail (B,N,A)
@@ -58,25 +67,27 @@ def mlp(*sizes: int) -> nn.Sequential:
     return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU(inplace=True))][:-1])
 
 
-def gaussian_nll(x: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor | None) -> torch.Tensor:
-    """-log N(x; mean, exp log_var) summed over the last dimension, without its constant."""
-    if log_var is None:  # unit variance: maximum likelihood is least squares
-        return 0.5 * (x - mean).square().sum(-1)
-    return 0.5 * ((x - mean).square() * torch.exp(-log_var) + log_var).sum(-1)
+def gaussian_nll(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """-log N(x; mean, 1) summed over the last dimension, without its constant."""
+    return 0.5 * (x - mean).square().sum(-1)
 
 
 class LogoWM(nn.Module):
-    """The whole world model. See the module's docstring for the names.
+    """The whole world model; the module's docstring explains the names of the networks.
 
     Args:
         num_agents, obs_dim, state_dim, action_dim: N, O, S, A.
         hidden: width of every layer.
-        discrete: actions are one-hot and may be forbidden.
+        discrete: actions are one-hot, and some may be unavailable.
         statistics: of the data: obs_mean (N,O), state_std (S,), reward_min (), ... as
             `buffer.OfflineDataset.statistics` returns them; None = standardised already, no clamp.
         deduce_from: what R_d sees: "obs" (the paper), "obs+state" or "obs+state+actions".
-        learn_variance: the Gaussians of E_p, E_d, E_ps learn their variance, else it is 1.
+        eq4_input: what E_p sees in Eq. (4): "obs" as in Eq. (2), or "next_obs" as Eq. (4) prints.
+        heads: False = the paper: rollouts never end, every action is available.
+        clamp: False = the paper: imagined values may leave the range of the data.
     """
+
+    compilable = ("loss", "step")  # functions of tensors alone, for torch.compile
 
     def __init__(
         self,
@@ -88,26 +99,26 @@ class LogoWM(nn.Module):
         discrete: bool = True,
         statistics: dict[str, torch.Tensor] | None = None,
         deduce_from: str = "obs+state+actions",
-        learn_variance: bool = False,
+        eq4_input: str = "obs",
+        heads: bool = True,
+        clamp: bool = True,
     ):
         super().__init__()
         n, o, s, a, h = num_agents, obs_dim, state_dim, action_dim, hidden
-        self.sizes, self.discrete, self.deduce_from = (n, o, s, a), discrete, deduce_from
-        self.learn_variance = learn_variance
-        k = 2 if learn_variance else 1  # outputs per Gaussian dimension: mean, or mean and log var
-        self.enc_state = mlp(s, h)  # h_s, computed once and shared by the agents
-        self.enc_obs = agent_mlp(n, o + a, h)  # h_oi
-        self.enc_p = agent_mlp(n, 2 * h, h, k * o)  # E_p: (h_s, h_oi) -> o_hat - o
+        self.discrete, self.deduce_from, self.eq4_input = discrete, deduce_from, eq4_input
+        self.heads, self.clamp = heads, clamp
+        self.enc_state = mlp(s, h)  # h_s, shared by the agents
+        self.enc_obs = agent_mlp(n, o + a, h)  # h_o
+        self.enc_p = agent_mlp(n, 2 * h, h, o)  # E_p: (h_s, h_o) -> o_hat - o
         self.dec_p = agent_mlp(n, o, h, o + a)  # R_p: o_hat -> (o, a)
-        self.enc_d = mlp(s + 1, h, h, k * n * o)  # E_d: (s_next, r) -> o_next of all agents
+        self.enc_d = mlp(s + 1, h, h, n * o)  # E_d: (s_next, r) -> o_next of all agents
         context = ("state" in deduce_from) * s + ("actions" in deduce_from) * n * a
         self.dec_d = mlp(n * o + context, h, h, s + 1)  # R_d: o_hat of all agents -> (s', r')
-        self.enc_ps = mlp(s + n * o + n * a, h, h, k * (s + 1))  # E_ps -> (s_hat - s, r_hat)
+        self.enc_ps = mlp(s + n * o + n * a, h, h, s + 1)  # E_ps -> (s_hat - s, r_hat)
         self.avail_head = agent_mlp(n, o, h // 2, a) if discrete else None  # Deviation D3
-        self.over_head = mlp(s, h // 2, 1)  # Deviation D3
-        shapes = {"obs": (n, o), "state": (s,), "reward": ()}
-        for name, shape in shapes.items():
-            default = {"mean": 0.0, "std": 1.0, "min": -torch.inf, "max": torch.inf}
+        self.done_head = mlp(s, h // 2, 1)  # Deviation D3
+        default = {"mean": 0.0, "std": 1.0, "min": -torch.inf, "max": torch.inf}
+        for name, shape in {"obs": (n, o), "state": (s,), "reward": ()}.items():
             for moment, value in default.items():
                 key = f"{name}_{moment}"
                 tensor = statistics[key].clone() if statistics else torch.full(shape, value)
@@ -118,31 +129,26 @@ class LogoWM(nn.Module):
     # ---------------------------------------------------------------------------- the sub-networks
 
     def standardise(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Raw units -> mean 0, standard deviation 1 in the data; `name` is obs, state or reward."""
         return (x - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")
 
-    def restore(self, name: str, x: torch.Tensor, clamp: bool) -> torch.Tensor:
-        """Raw units again; Deviation D4: inside the range of the data."""
-        x = x * getattr(self, f"{name}_std") + getattr(self, f"{name}_mean")
-        bounds = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
-        return torch.maximum(torch.minimum(x, bounds[1]), bounds[0]) if clamp else x
+    def restore(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `standardise`."""
+        return x * getattr(self, f"{name}_std") + getattr(self, f"{name}_mean")
 
-    def gaussian(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mean and softly clamped log variance; None where the variance is fixed at 1."""
-        if not self.learn_variance:
-            return x, None
-        mean, log_var = x.chunk(2, -1)
-        log_var = 1.0 - F.softplus(1.0 - log_var)  # below 1: NLL cannot flatten a hard column
-        return mean, -8.0 + F.softplus(log_var + 8.0)  # above -8: nor bet all on a constant one
+    def clamp_to_data(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Deviation D4: raw values inside the range that they have in the data."""
+        low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+        return torch.maximum(torch.minimum(x, high), low)
 
-    def predict(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor):
-        """E_p: mean and log variance of o_hat (B,N,O). All arguments standardised."""
+    def predict(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """E_p: o_hat (B,N,O), the mean next observations; everything standardised."""
         h_s = self.enc_state(s).relu_().unsqueeze(1).expand(-1, o.shape[1], -1)  # (B,N,hidden)
         h_o = self.enc_obs(torch.cat([o, a], -1)).relu_()  # (B,N,hidden)
-        change, log_var = self.gaussian(self.enc_p(torch.cat([h_s, h_o], -1)))
-        return o + change, log_var
+        return o + self.enc_p(torch.cat([h_s, h_o], -1))
 
     def deduce(self, o_hat: torch.Tensor, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        """R_d: (s', r') (B,S+1) from the observations of all agents; standardised."""
+        """R_d: (s', r') (B,S+1) from the observations of all agents; everything standardised."""
         known = [o_hat.flatten(1)]
         if "state" in self.deduce_from:  # Deviation D1
             known.append(s)
@@ -151,148 +157,146 @@ class LogoWM(nn.Module):
         out = self.dec_d(torch.cat(known, -1))
         return out + F.pad(s, (0, 1)) if "state" in self.deduce_from else out
 
-    def predict_directly(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor):
-        """E_ps: mean and log variance of (s_hat, r_hat) (B,S+1); standardised."""
-        x = torch.cat([s, o.flatten(1), a.flatten(1)], -1)
-        change, log_var = self.gaussian(self.enc_ps(x))
-        return change + F.pad(s, (0, 1)), log_var
+    def predict_directly(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """E_ps: (s_hat, r_hat) (B,S+1) without the way through o_hat; everything standardised."""
+        change = self.enc_ps(torch.cat([s, o.flatten(1), a.flatten(1)], -1))
+        return change + F.pad(s, (0, 1))
 
     # -------------------------------------------------------------------------------- the objective
 
-    def loss(self, batch, eq4_input: str = "obs") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """L_world + L_Eps + heads on a batch of real transitions.
+    def loss(self, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The sum of Eq. (2), (3), (4), (6) and of the heads' losses on real transitions.
 
         Args:
             batch: a `buffer.Batch`, raw units.
-            eq4_input: "obs" as in Eq. (2), or "next_obs", which is what Eq. (4) prints.
+        Returns:
+            the loss (), and its parts detached: L_p, L_d, L_Rd, L_ps, L_done, L_avail.
         """
         o, s = self.standardise("obs", batch.obs), self.standardise("state", batch.state)
         o_next = self.standardise("obs", batch.next_obs)
         s_next = self.standardise("state", batch.next_state)
         r = self.standardise("reward", batch.reward)
-        a, size, n = batch.actions, len(s), self.sizes[0]
+        a, size, n = batch.actions, len(s), o.shape[1]
         s_and_r = torch.cat([s_next, r.unsqueeze(-1)], -1)  # (B,S+1)
 
         # Predictive model. The decoder's gradient reaches E_p: it is there to shape o_hat.
-        o_hat, o_log_var = self.predict(o, a, s)  # (B,N,O)
-        encoder_p = gaussian_nll(o_next, o_hat, o_log_var)  # (B,N)  -log T(o_next | s, o, a)
+        o_hat = self.predict(o, a, s)  # (B,N,O)
+        encoder_p = gaussian_nll(o_next, o_hat)  # (B,N)  -log T(o_next | s, o, a)
         decoder_p = (torch.cat([o, a], -1) - self.dec_p(o_hat)).square().sum(-1)  # (B,N)
         assert encoder_p.shape == decoder_p.shape == (size, n)
         loss_p = (encoder_p + decoder_p).sum(1).mean()  # Eq. (2)
 
-        # Deductive model, an auto-encoder of (s_next, r) through the joint observation.
-        o_d, o_d_log_var = self.gaussian(self.enc_d(s_and_r))  # (B,N*O)
-        encoder_d = gaussian_nll(o_next.flatten(1), o_d, o_d_log_var)  # (B,)  -log P(o_next | s, r)
+        # Deductive model: an auto-encoder of (s_next, r) through the joint observation.
+        o_d = self.enc_d(s_and_r)  # (B,N*O)
+        encoder_d = gaussian_nll(o_next.flatten(1), o_d)  # (B,)  -log P(o_next | s_next, r)
         decoder_d = (s_and_r - self.deduce(o_d.view_as(o), s, a)).square().sum(-1)  # (B,)
         assert encoder_d.shape == decoder_d.shape == (size,)
         loss_d = (encoder_d + decoder_d).mean()  # Eq. (3)
 
-        # R_d on what it will see when imagining. The gradient reaches E_p, as L_world sums it all.
+        # R_d on the predictions that it gets when imagining. The gradient reaches E_p as well.
         # Deviation D2: with eq4_input "obs" this is the o_hat from above.
-        guess = o_hat if eq4_input == "obs" else self.predict(o_next, a, s)[0]
+        guess = o_hat if self.eq4_input == "obs" else self.predict(o_next, a, s)
         deduced = self.deduce(guess, s, a)  # (B,S+1)
         assert deduced.shape == s_and_r.shape
         loss_rd = (s_and_r - deduced).square().sum(-1).mean()  # Eq. (4)
 
-        direct, direct_log_var = self.predict_directly(o, a, s)
-        loss_ps = gaussian_nll(s_and_r, direct, direct_log_var).mean()  # Eq. (6)
+        loss_ps = gaussian_nll(s_and_r, self.predict_directly(o, a, s)).mean()  # Eq. (6)
 
-        # Deviation D3. Detached: the heads read the predictions, they do not bend them.
-        loss_over = F.binary_cross_entropy_with_logits(
-            self.over_head(deduced[:, :-1].detach()).squeeze(-1), batch.terminated
+        # Deviation D3. Detached: the heads read the predictions and do not change them.
+        loss_done = F.binary_cross_entropy_with_logits(
+            self.done_head(deduced[:, :-1].detach()).squeeze(-1), batch.terminated
         )
-        loss_avail = torch.zeros_like(loss_over)
+        loss_avail = torch.zeros_like(loss_done)
         if self.discrete:
-            allowed = self.avail_head(o_hat.detach())  # (B,N,A) logits
-            loss_avail = F.binary_cross_entropy_with_logits(allowed, batch.next_avail)
-        total = loss_p + loss_d + loss_rd + loss_ps + loss_over + loss_avail
+            logits = self.avail_head(o_hat.detach())  # (B,N,A)
+            loss_avail = F.binary_cross_entropy_with_logits(logits, batch.next_avail)
+        total = loss_p + loss_d + loss_rd + loss_ps + loss_done + loss_avail
         parts = {"L_p": loss_p, "L_d": loss_d, "L_Rd": loss_rd, "L_ps": loss_ps}
-        parts |= {"L_over": loss_over, "L_avail": loss_avail}
+        parts |= {"L_done": loss_done, "L_avail": loss_avail}
         return total, {k: v.detach() for k, v in parts.items()}
 
     # ---------------------------------------------------------------------------------- using it
 
     @torch.no_grad()
-    def step(self, obs, state, actions, clamp: bool = True) -> dict[str, torch.Tensor]:
-        """One imagined step from raw (o, s, a): everything the model has to say about it, raw.
+    def step(self, obs, state, actions) -> dict[str, torch.Tensor]:
+        """All predictions for one step from raw (o, s, a); raw units, not clamped.
 
         Returns:
             next_obs (B,N,O), next_state (B,S), reward (B,), direct_state (B,S), direct_reward (B,),
-            u (B,), terminated (B,) probability, next_avail (B,N,A) 0/1 or None.
+            uncertainty (B,) in standardised units, terminated (B,) probability, next_avail (B,N,A)
+            0/1 or None.
         """
         o, s, a = self.standardise("obs", obs), self.standardise("state", state), actions
-        o_hat, _ = self.predict(o, a, s)
+        o_hat = self.predict(o, a, s)
         s_prime, r_prime = self.deduce(o_hat, s, a).split([s.shape[-1], 1], -1)
-        s_hat, r_hat = self.predict_directly(o, a, s)[0].split([s.shape[-1], 1], -1)
+        s_hat, r_hat = self.predict_directly(o, a, s).split([s.shape[-1], 1], -1)
         u = (s_hat - s_prime).norm(dim=-1)  # Eq. (5)
         next_avail = None
         if self.discrete:
             logits = self.avail_head(o_hat)  # (B,N,A)
-            best = logits >= logits.amax(-1, keepdim=True)  # somebody without any action acts still
+            best = logits >= logits.amax(-1, keepdim=True)  # at least one action is available
             next_avail = ((logits > 0) | best).float()
         return {
-            "next_obs": self.restore("obs", o_hat, clamp),
-            "next_state": self.restore("state", s_prime, clamp),
-            "reward": self.restore("reward", r_prime.squeeze(-1), clamp),
-            "direct_state": self.restore("state", s_hat, clamp),
-            "direct_reward": self.restore("reward", r_hat.squeeze(-1), clamp),
-            "u": u,
-            "terminated": self.over_head(s_prime).squeeze(-1).sigmoid(),
+            "next_obs": self.restore("obs", o_hat),
+            "next_state": self.restore("state", s_prime),
+            "reward": self.restore("reward", r_prime.squeeze(-1)),
+            "direct_state": self.restore("state", s_hat),
+            "direct_reward": self.restore("reward", r_hat.squeeze(-1)),
+            "uncertainty": u,
+            "terminated": self.done_head(s_prime).squeeze(-1).sigmoid(),
             "next_avail": next_avail,
         }
 
     @torch.no_grad()
     def imagine(
-        self,
-        act: Callable,
-        obs: torch.Tensor,
-        state: torch.Tensor,
-        avail: torch.Tensor | None,
-        dice: torch.Tensor,
-        heads: bool = True,
-        clamp: bool = True,
+        self, policy: Callable, starts, horizon: int, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
         """Roll a policy out in the model from real starts: Algorithm 1, lines 12-20.
 
+        Every rollout is computed for all H steps without looking at the values, because on a GPU a
+        look costs more than the steps it saves; `valid` says which steps count.
+
         Args:
-            act: (o (B,N,O), avail (B,N,A) or None, step 0..H-1) -> actions (B,N,A), the exploring
-                policy.
-            obs, state, avail: (B,...) of real rows to start from.
-            dice: (H,B) uniform on [0,1), which decide where rollouts end. Every rollout is
-                computed for all H steps, without looking at the values (on a GPU a look costs
-                more than the steps it saves); `filled` says what counts.
-            heads: False = the paper's letter: no step ends, every action may be taken.
+            policy: (obs (B,N,O), avail (B,N,A) or None, generator) -> actions (B,N,A).
+            starts: a `buffer.Batch` of B real transitions, of which o, s and avail are used.
+            horizon: H.
+            generator: of the policy's actions and of the moments at which rollouts end.
         Returns:
             obs (H+1,B,N,O), state (H+1,B,S), avail (H+1,B,N,A) if discrete, actions (H,B,N,A), and
-            reward, terminated, u, filled (H,B); filled is 1 up to and with the terminal step.
+            reward, terminated, uncertainty, valid (H,B); valid is 1 up to and including the
+            terminal step.
         """
-        if not heads and avail is not None:
+        obs, state, avail = starts.obs, starts.state, starts.avail
+        if not self.heads and avail is not None:
             avail = torch.ones_like(avail)
-        kept = {"obs": [obs], "state": [state], "avail": [avail]}
-        steps = {"actions": [], "reward": [], "terminated": [], "u": [], "filled": []}
-        filled = torch.ones_like(state[:, 0])  # (B,)
-        for h, die in enumerate(dice):
-            actions = act(obs, avail, h)
-            out = self.step(obs, state, actions, clamp)
-            obs, state = out["next_obs"], out["next_state"]
-            over = torch.zeros_like(filled)
-            if heads:  # the data's battles end at random moments: draw, do not threshold
-                over = (die < out["terminated"]).float()
-                avail = out["next_avail"]
-            now = (actions, out["reward"], over, out["u"], filled)
+        states = {"obs": [obs], "state": [state], "avail": [avail]}
+        steps = {k: [] for k in ("actions", "reward", "terminated", "uncertainty", "valid")}
+        valid = torch.ones_like(state[:, 0])  # (B,)
+        for _ in range(horizon):
+            actions = policy(obs, avail, generator)
+            out = self.step(obs, state, actions)
+            obs, state, reward = out["next_obs"], out["next_state"], out["reward"]
+            if self.clamp:  # Deviation D4
+                obs, state = self.clamp_to_data("obs", obs), self.clamp_to_data("state", state)
+                reward = self.clamp_to_data("reward", reward)
+            done = torch.zeros_like(valid)
+            if self.heads:  # Deviation D3: ends are random events in the data, so they are sampled
+                draw = torch.rand(valid.shape, generator=generator, device=valid.device)
+                done, avail = (draw < out["terminated"]).float(), out["next_avail"]
+            now = (actions, reward, done, out["uncertainty"], valid)
             for name, value in zip(steps, now, strict=True):
                 steps[name].append(value)
-            for name, value in zip(kept, (obs, state, avail), strict=True):
-                kept[name].append(value)
-            filled = filled * (1 - over)
-        return {k: torch.stack(v) for k, v in (kept | steps).items() if v[0] is not None}
+            for name, value in zip(states, (obs, state, avail), strict=True):
+                states[name].append(value)
+            valid = valid * (1 - done)
+        return {k: torch.stack(v) for k, v in (states | steps).items() if v[0] is not None}
 
 
 def _self_check():
     """Learn a small world of three agents on a line; the model must beat "nothing changes" tenfold.
 
-    Each agent sees the noiseless distances to the others and moves itself by its action; the
-    state is where everybody stands, the reward how close together they are.
+    Each agent observes its position and the distances to the others, and moves by its action. The
+    state is all positions; the reward is higher the closer the agents are to each other.
     """
     from types import SimpleNamespace
 
@@ -320,7 +324,7 @@ def _self_check():
             error = (out["next_state"] - test.next_state).square().mean().item()
             still = (test.state - test.next_state).square().mean().item()
             true = (out["next_state"] - test.next_state).norm(dim=-1)
-            ranks = torch.stack([out["u"], true]).argsort(-1).argsort(-1).float()
+            ranks = torch.stack([out["uncertainty"], true]).argsort(-1).argsort(-1).float()
             rho = torch.corrcoef(ranks)[0, 1].item()
             print(
                 f"update {k:3}: state error {error:.5f}, nothing changes {still:.5f}, "

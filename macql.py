@@ -2,31 +2,46 @@
 
   critic_loss  Eq. (10), (11)  Bellman error + alpha * (value of all actions - of the data's)
   policy_loss  Eq. (12)        lambda * |policy - data|^2 - value of the policy's actions
+  MACQL        the learner: actor, its moving average, critic, target critic, two optimisers
+
+    learner = MACQL(Actor(obs_mean, obs_std, action_dim), Critic(obs_mean, obs_std, state_mean,
+                    state_std, action_dim))
+    metrics = learner.update(batch, is_real, generator)   # `buffer.mix` returns batch and is_real
+    actions = learner.ema_actor.greedy(obs, avail)
 
 The critic for discrete actions is a sum over agents of utilities that all see the global state:
 
   Q(s, a) = sum_i q_i(s, o^i, a^i)        [VDN, Sunehag et al., 2018, with the state in q_i]
 
-It cannot say that two actions are good only together, but everything the paper asks of Q over
-the A^N joint actions is then exact and costs A*N instead: their maximum, their expectation under
-independent policies, and their log-sum-exp, which public code estimates from some 100 random joint
-actions. Forbidden actions are left out of all three. For continuous actions Q is one network on
+It cannot value a combination of actions beyond the sum of its parts. In return, what the paper asks
+of Q over the A^N joint actions is exact and costs A*N: the maximum, the expectation under
+independent policies and the log-sum-exp, which public code estimates from some 100 random joint
+actions. Unavailable actions are left out of all three. For continuous actions Q is one network on
 (s, a^1..a^n), and the log-sum-exp is estimated from random actions and the policy's, as in CQL(H).
 
-`actions` is (B,N,A) everywhere: one-hot, torques, or probabilities (whose value is an expectation).
+`actions` is (B,N,A) everywhere: one-hot, continuous in [-1,1], or probabilities, of which the
+additive critic returns the expected value.
 
-Departures from the paper's letter; each has a switch (README, Deviations):
-  D5  log-sum-exp over actions instead of the policy's expected value in the conservative term.
-  D6  the Bellman target follows the policy instead of the maximum.
-  D7  the lesser of two critics in the Bellman target.
-  D8  the Bellman error on imagined rows too (Eq. (10) names D, Algorithm 1 the drawn batch).
-  D9  behaviour cloning on real rows only: on imagined rows the policy would clone itself.
+Departures from the paper, each with a flag of train.py (docs/deviations.md):
+  D5  log-sum-exp over all actions, where Eq. (10) has the policy's expected value.
+  D6  the Bellman target follows the policy, where Eq. (11) has the maximum.
+  D7  the minimum of two critics in the Bellman target.  D19 a slowly following target critic.
+  D8  the Bellman error on imagined rows too: Eq. (10) prints D, Algorithm 1 the sampled batch.
+  D9  cloning on real rows only: on imagined rows the policy would clone its own actions.
+  D12 step sizes fall linearly to zero.  D13 a moving average of the actor is evaluated.
+  D14 one actor network for all agents.  D21 the value in Eq. (12) divided by its magnitude.
+Readings, where the paper leaves a choice: cloning is averaged over the agents, where Algorithm 1,
+line 31 gives each agent its own loss; the policy maximises the mean of the critics (the minimum is
+for the target alone); a shared actor standardises with statistics averaged over the agents; with
+continuous actions the policy stands for the maximum of Eq. (11).
 
-Sizes: B batch, N agents, O observation, S state, A action, K critics (2), P stacked networks.
+Sizes: B batch, N agents, O observation, S state, A action, K critics, P stacked networks.
        o (B,N,O)  s (B,S)  a (B,N,A)  r (B,)  avail (B,N,A) or None
 """
 
+import copy
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -53,7 +68,7 @@ def stacked_mlp(stack: int, *sizes: int) -> nn.Sequential:
 
 
 class Standardise(nn.Module):
-    """(x - mean) / std with the data's statistics; columns that never vary stay as they are."""
+    """(x - mean) / std with the data's statistics; constant columns are only centred."""
 
     def __init__(self, mean: torch.Tensor, std: torch.Tensor):
         super().__init__()
@@ -65,33 +80,37 @@ class Standardise(nn.Module):
 
 
 class Actor(nn.Module):
-    """Every agent's policy pi_i(o^i); it sees nothing but its own observation (and its number).
+    """Every agent's policy pi_i(o^i) on its own observation alone.
 
     Args:
         obs_mean, obs_std: (N,O) of the data.
         action_dim: A.
+        hidden: width of the two hidden layers.
         discrete: masked softmax, else tanh in [-1,1].
-        shared: one network for all agents, told apart by a one-hot number (Deviation D14).
+        shared: one network for all agents, which also sees a one-hot agent_id (Deviation D14).
     """
 
     def __init__(self, obs_mean, obs_std, action_dim, hidden=256, discrete=True, shared=True):
         super().__init__()
         n, o = obs_mean.shape
         self.discrete, self.shared = discrete, shared
+        if shared and discrete:  # the columns mean the same for every agent: one scale for all
+            obs_mean, obs_std = (x.mean(0, keepdim=True).expand(n, o) for x in (obs_mean, obs_std))
         self.standardise = Standardise(obs_mean, obs_std)
-        self.register_buffer("number", torch.eye(n))
+        self.register_buffer("agent_id", torch.eye(n))
         size = o + n if shared else o
         self.net = stacked_mlp(1 if shared else n, size, hidden, hidden, action_dim)
 
     def logits(self, obs: torch.Tensor) -> torch.Tensor:
+        """(B,N,A): the network's output before softmax or tanh."""
         x = self.standardise(obs)  # (B,N,O)
         if self.shared:
-            x = torch.cat([x, self.number.expand(len(x), -1, -1)], -1)
+            x = torch.cat([x, self.agent_id.expand(len(x), -1, -1)], -1)
             return self.net(x.flatten(0, 1).unsqueeze(0)).view(*obs.shape[:2], -1)
         return self.net(x.transpose(0, 1)).transpose(0, 1)
 
     def forward(self, obs: torch.Tensor, avail: torch.Tensor | None) -> torch.Tensor:
-        """(B,N,A): probabilities, zero where an action is forbidden; or actions in [-1,1]."""
+        """(B,N,A): probabilities, zero for unavailable actions; or continuous actions in [-1,1]."""
         logits = self.logits(obs)
         if not self.discrete:
             return torch.tanh(logits)
@@ -99,29 +118,25 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def greedy(self, obs: torch.Tensor, avail: torch.Tensor | None) -> torch.Tensor:
-        """(B,N,A): the policy as it is evaluated: its likeliest action, one-hot, or its action."""
+        """(B,N,A): the most likely action, one-hot, or the continuous action; for evaluation."""
         pi = self(obs, avail)
         return F.one_hot(pi.argmax(-1), pi.shape[-1]).to(pi) if self.discrete else pi
 
-    def noise(self, shape: tuple, generator: torch.Generator) -> torch.Tensor:
-        """Random numbers for `explore`: Exp(1) where actions are discrete, else normal."""
-        empty = torch.empty(shape, device=generator.device)
-        return (empty.exponential_ if self.discrete else empty.normal_)(generator=generator)
-
     @torch.no_grad()
-    def explore(self, obs, avail, noise: torch.Tensor, epsilon: float = 0.1) -> torch.Tensor:
-        """(B,N,A): one action drawn from the policy, with a share `epsilon` of exploration.
+    def sample(self, obs, avail, generator: torch.Generator, epsilon: float = 0.0) -> torch.Tensor:
+        """(B,N,A): one action of the policy, with exploration.
 
-        Discrete: with probability epsilon any allowed action, all alike. Continuous: Gaussian noise
-        of standard deviation epsilon. `noise` (B,N,A) is of the method with that name.
+        Discrete: drawn from the policy, with probability `epsilon` uniformly from the available
+        actions. Continuous: Gaussian noise of standard deviation `epsilon` is added.
         """
         pi = self(obs, avail)
+        noise = torch.empty_like(pi)
         if not self.discrete:
-            return (pi + epsilon * noise).clamp(-1, 1)
-        # Deviation D16: imagined rows are worth most where the data have none
+            return (pi + epsilon * noise.normal_(generator=generator)).clamp(-1, 1)
         pi = (1 - epsilon) * pi + epsilon * avail / avail.sum(-1, keepdim=True)
-        # The largest pi_a / Exp(1) falls on a with probability pi_a: a draw without a host sync
-        return F.one_hot((pi / noise).argmax(-1), pi.shape[-1]).to(pi)
+        # argmax of pi_a / Exp(1) is a with probability pi_a: sampling without a host sync
+        choice = (pi / noise.exponential_(generator=generator)).argmax(-1)
+        return F.one_hot(choice, pi.shape[-1]).to(pi)
 
 
 class Critic(nn.Module):
@@ -134,22 +149,15 @@ class Critic(nn.Module):
     """
 
     def __init__(
-        self,
-        obs_mean,
-        obs_std,
-        state_mean,
-        state_std,
-        action_dim,
-        hidden=256,
-        discrete=True,
+        self, obs_mean, obs_std, state_mean, state_std, action_dim, hidden=256, discrete=True,
         critics=2,
-    ):
+    ):  # fmt: skip
         super().__init__()
         (n, o), s = obs_mean.shape, len(state_mean)
         self.discrete, self.critics = discrete, critics
         self.standardise_obs = Standardise(obs_mean, obs_std)
         self.standardise_state = Standardise(state_mean, state_std)
-        self.register_buffer("number", torch.eye(n))
+        self.register_buffer("agent_id", torch.eye(n))
         if discrete:
             self.net = stacked_mlp(critics, s + o + n, hidden, hidden, action_dim)
         else:
@@ -159,7 +167,7 @@ class Critic(nn.Module):
         """q_i(s, o^i, .) of every discrete action: (K,B,N,A)."""
         b, n, _ = obs.shape
         s = self.standardise_state(state).unsqueeze(1).expand(-1, n, -1)
-        x = torch.cat([s, self.standardise_obs(obs), self.number.expand(b, -1, -1)], -1)
+        x = torch.cat([s, self.standardise_obs(obs), self.agent_id.expand(b, -1, -1)], -1)
         x = x.flatten(0, 1).expand(self.critics, -1, -1)  # (K,B*N,S+O+N)
         return self.net(x).view(self.critics, b, n, -1)
 
@@ -173,53 +181,49 @@ class Critic(nn.Module):
         return self.net(x.expand(self.critics, -1, -1)).squeeze(-1)
 
 
-def random_actions(shape: tuple, generator: torch.Generator, samples: int = 10) -> torch.Tensor:
+def action_noise(shape: tuple, generator: torch.Generator, samples: int = 10) -> torch.Tensor:
     """Random numbers for the continuous log-sum-exp: (3,samples,B,N,A), shape = (B,N,A).
 
-    The first third is uniform on [-1,1], the others are normal.
+    The first third is uniform on [-1,1], the others are standard normal.
     """
-    draws = torch.empty(3, samples, *shape, device=generator.device)
-    draws[0].uniform_(-1, 1, generator=generator)
-    draws[1:].normal_(generator=generator)
-    return draws
+    noise = torch.empty(3, samples, *shape, device=generator.device)
+    noise[0].uniform_(-1, 1, generator=generator)
+    noise[1:].normal_(generator=generator)
+    return noise
 
 
-def data_and_any(critic: Critic, batch, actor: Actor, draws: torch.Tensor | None = None):
-    """Q_k(s, a) of the data's action, and log sum_a exp Q_k(s, a) over all allowed ones: (K,B).
+def data_and_all_values(critic: Critic, batch, actor: Actor, noise: torch.Tensor | None = None):
+    """Q_k(s, a) of the data's action, and log sum_a exp Q_k(s, a) over all available ones: (K,B).
 
-    Discrete: exact, since exp of a sum of utilities factorises over the agents. Continuous: from
-    the `draws` of `random_actions`: a third uniform, a third of pi(s), a third of pi(s') with
-    noise, each weighted with its density [Kumar et al., 2020, CQL(H); multi-agent in CFCQL].
+    Discrete: exact, because exp of a sum of utilities factorises over the agents. Continuous: from
+    the `noise` of `action_noise`: a third uniform, a third around pi(s), a third around pi(s'),
+    each weighted with its density [Kumar et al., 2020, CQL(H); multi-agent in CFCQL].
     """
     if critic.discrete:
         q = critic.utilities(batch.obs, batch.state)  # (K,B,N,A), for both values
-        every = q.masked_fill(batch.avail == 0, -torch.inf).logsumexp(-1).sum(-1)
-        return (q * batch.actions).sum((-2, -1)), every
+        q_all = q.masked_fill(batch.avail == 0, -torch.inf).logsumexp(-1).sum(-1)
+        return (q * batch.actions).sum((-2, -1)), q_all
     sigma, (b, n, a) = 0.2, batch.actions.shape
-    uniform, *noises = draws  # (samples,B,N,A) each
+    uniform, *normals = noise  # (samples,B,N,A) each
     volume = torch.full_like(uniform[..., 0, 0], -n * a * math.log(2.0))  # log (1/2)^(n a)
-    many, log_density = [uniform], [volume]
-    for obs, noise in zip((batch.obs, batch.next_obs), noises, strict=True):
+    actions, log_density = [uniform], [volume]
+    for obs, normal in zip((batch.obs, batch.next_obs), normals, strict=True):
         with torch.no_grad():
-            many.append((actor(obs, None) + sigma * noise).clamp(-1, 1))
-        log_normal = -0.5 * noise.square() - math.log(sigma * math.sqrt(2 * math.pi))
+            actions.append((actor(obs, None) + sigma * normal).clamp(-1, 1))
+        log_normal = -0.5 * normal.square() - math.log(sigma * math.sqrt(2 * math.pi))
         log_density.append(log_normal.sum((-2, -1)))
-    many, log_density = torch.cat(many), torch.cat(log_density)  # (3 samples,B,N,A), (3 samples,B)
-    m = len(many)
+    actions = torch.cat(actions)  # (3 samples,B,N,A)
+    log_density = torch.cat(log_density)  # (3 samples,B)
+    m = len(actions)
     obs, state = batch.obs.repeat(m, 1, 1), batch.state.repeat(m, 1)
-    q = critic(obs, state, many.flatten(0, 1)).view(-1, m, b)  # (K,3 samples,B)
-    every = (q - log_density).logsumexp(1) - math.log(m)
-    return critic(batch.obs, batch.state, batch.actions), every
+    q = critic(obs, state, actions.flatten(0, 1)).view(-1, m, b)  # (K,3 samples,B)
+    q_all = (q - log_density).logsumexp(1) - math.log(m)
+    return critic(batch.obs, batch.state, batch.actions), q_all
 
 
-def over_real_rows(is_real: torch.Tensor, real_share: float | None) -> torch.Tensor:
-    """(B,) weights whose mean with a term is the term's mean over the rows of D.
-
-    real_share: expected share of such rows where a coin decides for whole batches, so that terms on
-        D keep their weight on average; None: this batch's own share.
-    """
-    share = is_real.mean().clamp(min=1e-6) if real_share is None else max(real_share, 1e-6)
-    return is_real / share
+def real_weights(is_real: torch.Tensor) -> torch.Tensor:
+    """(B,) weights; the batch mean of a weighted term is the term's mean over the real rows."""
+    return is_real / is_real.mean().clamp(min=1e-6)
 
 
 def critic_loss(
@@ -230,49 +234,44 @@ def critic_loss(
     is_real: torch.Tensor,
     gamma: float,
     alpha: float,
-    draws: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
     conservative: str = "logsumexp",
-    conservative_on: str = "both",
     backup: str = "policy",
     bellman_on: str = "both",
-    real_share: float | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Conservative Q-learning on a mixed batch, summed over the K critics.
 
     Args:
         batch: a `buffer.Batch`; is_real (B,): 1 where a row is of D.
         gamma: discount per step. alpha: weight of the conservative term.
-        draws: of `random_actions`, for the continuous log-sum-exp alone.
+        noise: of `action_noise`, for the continuous log-sum-exp alone.
         conservative: "logsumexp" or, as Eq. (10) prints, "expectation" under the policy.
-        conservative_on: values are pushed down on the states of "both" (Eq. (10)) or "real" rows.
-        backup: next actions by the "policy", or by the "max" of Eq. (11).
+        backup: next actions by the "policy", or by the "max" of Eq. (11) (discrete actions).
         bellman_on: rows of "both" (Algorithm 1) or of "real" data alone (Eq. (10)).
-        real_share: see `over_real_rows`.
     """
-    size, real = len(batch.reward), over_real_rows(is_real, real_share)
+    size, real = len(batch.reward), real_weights(is_real)
     with torch.no_grad():
         if backup == "max" and critic.discrete:  # exact: each agent maximises its own utility
             q_next = target.utilities(batch.next_obs, batch.next_state).mean(0)  # (B,N,A)
             best = q_next.masked_fill(batch.next_avail == 0, -torch.inf).argmax(-1)
             next_actions = F.one_hot(best, q_next.shape[-1]).to(q_next)
-        else:  # Deviation D6; continuous: the policy is what maximises Q
+        else:  # Deviation D6
             next_actions = actor(batch.next_obs, batch.next_avail)
         v_next = target(batch.next_obs, batch.next_state, next_actions).amin(0)  # Deviation D7
         y = batch.reward + gamma * (1 - batch.terminated) * v_next  # Eq. (11)
-    if conservative == "expectation":  # Eq. (10) as printed; Deviation D5 is the log-sum-exp
+    if conservative == "expectation":
         with torch.no_grad():
             pi = actor(batch.obs, batch.avail)
         q_data = critic(batch.obs, batch.state, batch.actions)  # (K,B)
-        q_any = critic(batch.obs, batch.state, pi)
-    else:
-        q_data, q_any = data_and_any(critic, batch, actor, draws)
-    assert q_data.shape == q_any.shape == (critic.critics, size) and y.shape == (size,)
-    pushed_down = q_any * (real if conservative_on == "real" else 1.0)
+        q_all = critic(batch.obs, batch.state, pi)
+    else:  # Deviation D5
+        q_data, q_all = data_and_all_values(critic, batch, actor, noise)
+    assert q_data.shape == q_all.shape == (critic.critics, size) and y.shape == (size,)
     td = (q_data - y).square() * (real if bellman_on == "real" else 1.0)  # Deviation D8
-    regularisation = (pushed_down - q_data * real).mean(1).sum()
+    regularisation = (q_all - q_data * real).mean(1).sum()
     bellman = 0.5 * td.mean(1).sum()
     loss = alpha * regularisation + bellman  # Eq. (10)
-    parts = {"td": bellman, "data": q_data.mean(), "any": q_any.mean(), "gap": regularisation}
+    parts = {"td": bellman, "data": q_data.mean(), "all": q_all.mean(), "gap": regularisation}
     return loss, {k: v.detach() for k, v in parts.items()}
 
 
@@ -284,11 +283,10 @@ def policy_loss(
     bc_lambda: float,
     normalise_q: bool = False,
     bc_on: str = "real",
-    real_share: float | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What the policies minimise: minus the value, plus the distance to the data's actions.
 
-    Call `.backward(inputs=list(actor.parameters()))`: the critic takes no part in this step.
+    Call `.backward(inputs=list(actor.parameters()))`, so that the critic gets no gradient.
 
     Args:
         critic: None leaves behaviour cloning.
@@ -296,19 +294,17 @@ def policy_loss(
         bc_lambda: lambda, weight of cloning.
         normalise_q: divide the value by its mean magnitude, as TD3+BC does.
         bc_on: clone the rows of "both" (Eq. (12)) or of "real" data alone.
-        real_share: see `over_real_rows`.
     """
     size, pi = len(batch.reward), actor(batch.obs, batch.avail)  # (B,N,A)
-    real = over_real_rows(is_real, real_share)
     distance = (pi - batch.actions).square().sum(-1).mean(-1)  # (B,) |pi_i(o^i) - a^i|^2
     value = torch.zeros_like(distance)
     if critic is not None:
         value = critic(batch.obs, batch.state, pi).mean(0)  # (B,)
-        if normalise_q:
-            # Deviation D21: lambda then weighs alike, whatever the scale of the rewards
+        if normalise_q:  # Deviation D21: lambda then has the same effect at any scale of rewards
             value = value / value.detach().abs().mean().clamp(min=1e-6)
     assert value.shape == distance.shape == (size,)
-    cloning = (distance * (real if bc_on == "real" else 1.0)).mean()  # Deviation D9
+    rows = real_weights(is_real) if bc_on == "real" else 1.0  # Deviation D9
+    cloning = (distance * rows).mean()
     # The paper prints what is maximised; this is minimised.
     loss = bc_lambda * cloning - value.mean()  # Eq. (12)
     return loss, {"q": value.mean().detach(), "bc": cloning.detach()}
@@ -320,57 +316,142 @@ def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-def _self_check():
-    """A bandit of two agents with four actions each; the data never try the last two.
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One gradient step on the optimizer's parameters; no other parameter gets a gradient."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward(inputs=parameters)
+    optimizer.step()
 
-    A joint action pays the sum of the chosen actions' numbers. Without the conservative
-    term the critic extrapolates freely to the unseen actions; with it they must be worth less.
+
+def linear_decay(
+    optimizer: torch.optim.Optimizer, updates: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The step size falls linearly to zero in `updates` calls of `.step()`; 0 keeps it constant."""
+    # Deviation D12
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: 1 - k / updates if updates else 1.0
+    )
+
+
+class MACQL:
+    """The learner of Algorithm 1, lines 30-31: call `update` once for each sampled batch.
+
+    Args:
+        actor: the policies; `ema_actor`, a moving average of its weights, is what to evaluate.
+        critic: None leaves behaviour cloning.
+        lr: Adam's step size of actor and critic.
+        decay_updates: updates in which it falls linearly to zero; 0 keeps it constant.
+        tau: share by which the target critic follows per update.
+        ema_decay: decay per update of the moving average; 0 evaluates the latest actor.
+        gamma, cql_alpha, conservative, backup, bellman_on: see `critic_loss`.
+        bc_lambda, bc_on, normalise_q: see `policy_loss`.
+    """
+
+    compilable = ("critic_loss", "policy_loss")  # functions of tensors alone, for torch.compile
+
+    def __init__(
+        self, actor: Actor, critic: Critic | None, lr=1e-3, decay_updates=0, tau=0.05,
+        ema_decay=0.995, gamma=0.95, cql_alpha=0.1, conservative="logsumexp", backup="policy",
+        bellman_on="both", bc_lambda=0.3, bc_on="real", normalise_q=False,
+    ):  # fmt: skip
+        self.actor, self.ema_actor = actor, copy.deepcopy(actor)
+        self.critic, self.critic_target = critic, copy.deepcopy(critic)
+        self.tau, self.ema_decay, self.conservative = tau, ema_decay, conservative
+        self.critic_loss = partial(
+            critic_loss, gamma=gamma, alpha=cql_alpha, conservative=conservative, backup=backup,
+            bellman_on=bellman_on,
+        )  # fmt: skip
+        self.policy_loss = partial(
+            policy_loss, bc_lambda=bc_lambda, bc_on=bc_on, normalise_q=normalise_q
+        )
+        self.optimizers, self.schedules = {}, {}
+        for name, network in (("actor", actor), ("critic", critic)):
+            if network is not None:
+                optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=True)
+                self.optimizers[name] = optimizer
+                self.schedules[name] = linear_decay(optimizer, decay_updates)
+
+    def update(self, batch, is_real, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """One gradient step on the critic, then one on the policies.
+
+        Args:
+            batch: a `buffer.Batch` of real and imagined rows. is_real (B,): 1 where a row is of D.
+            generator: of the random actions in the continuous log-sum-exp.
+        Returns:
+            metrics as 0-d tensors: q_td, q_data, q_all, q_gap, pi_q, pi_bc.
+        """
+        actor, critic, metrics = self.actor, self.critic, {}
+        if critic is not None:
+            noise = None
+            if self.conservative == "logsumexp" and not critic.discrete:
+                noise = action_noise(batch.actions.shape, generator)
+            loss, parts = self.critic_loss(
+                critic, self.critic_target, actor, batch, is_real, noise=noise
+            )
+            descend(self.optimizers["critic"], loss)
+            soft_update(self.critic_target, critic, self.tau)  # Deviation D19
+            metrics |= {f"q_{name}": value for name, value in parts.items()}
+        loss, parts = self.policy_loss(actor, critic, batch, is_real)
+        descend(self.optimizers["actor"], loss)
+        soft_update(self.ema_actor, actor, 1 - self.ema_decay)  # Deviation D13
+        for schedule in self.schedules.values():
+            schedule.step()
+        return metrics | {f"pi_{name}": value for name, value in parts.items()}
+
+    def parts(self) -> dict:
+        """Everything with a state: networks, optimisers, schedules of the step sizes."""
+        parts = {"actor": self.actor, "ema_actor": self.ema_actor}
+        if self.critic is not None:
+            parts |= {"critic": self.critic, "critic_target": self.critic_target}
+        parts |= {f"{name}_optimizer": part for name, part in self.optimizers.items()}
+        return parts | {f"{name}_schedule": part for name, part in self.schedules.items()}
+
+    def state_dict(self) -> dict:
+        """One dict of state_dicts, for a checkpoint."""
+        return {name: part.state_dict() for name, part in self.parts().items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` returned for a learner of the same settings."""
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+
+
+def _self_check():
+    """A bandit of two agents with four actions each, of which the data only have the first two.
+
+    A joint action pays the sum of the chosen actions' numbers. Without the conservative term the
+    critic extrapolates to the unseen actions; with it they must be worth less than the seen ones.
     """
     from types import SimpleNamespace
 
-    size, n, actions = 256, 2, 4
-    results = {}
+    size, n, actions, results = 256, 2, 4, {}
+    print("               actions      0      1 seen,  2      3 unseen")
     for alpha in (0.0, 1.0):
         torch.manual_seed(0)
         g = torch.Generator().manual_seed(0)
         zero, one = torch.zeros(n, 1), torch.ones(n, 1)
         actor = Actor(zero, one, actions, hidden=32)
         critic = Critic(zero, one, zero[0], one[0], actions, hidden=32)
-        target = Critic(zero, one, zero[0], one[0], actions, hidden=32)
-        optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
-        actor_optimizer = torch.optim.Adam(actor.parameters(), lr=3e-3)
-        every = torch.ones(size, n, actions)
+        learner = MACQL(actor, critic, lr=3e-3, cql_alpha=alpha, bc_lambda=1.0)
+        obs, state, avail = torch.zeros(size, n, 1), torch.zeros(size, 1), torch.ones(size, n, 4)
         for _ in range(300):
             choice = torch.randint(2, (size, n), generator=g)
             batch = SimpleNamespace(
-                obs=torch.zeros(size, n, 1), state=torch.zeros(size, 1), avail=every,
-                actions=F.one_hot(choice, actions).float(), reward=choice.sum(-1).float(),
-                next_obs=torch.zeros(size, n, 1), next_state=torch.zeros(size, 1),
-                next_avail=every, terminated=torch.ones(size),
+                obs=obs, state=state, avail=avail, actions=F.one_hot(choice, actions).float(),
+                reward=choice.sum(-1).float(), next_obs=obs, next_state=state, next_avail=avail,
+                terminated=torch.ones(size),
             )  # fmt: skip
-            real = torch.ones(size)
-            loss, _ = critic_loss(critic, target, actor, batch, real, 0.99, alpha)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss, _ = policy_loss(actor, critic, batch, real, bc_lambda=1.0)
-            actor_optimizer.zero_grad()
-            loss.backward(inputs=list(actor.parameters()))
-            actor_optimizer.step()
-        q = critic.utilities(batch.obs[:1], batch.state[:1]).mean(0)[0].mean(0)  # (A,)
-        pi = actor(batch.obs[:1], every[:1])[0].mean(0)  # (A,)
-        results[alpha] = q.tolist()
-        print(
-            f"alpha {alpha}: utilities "
-            + " ".join(f"{v:6.2f}" for v in q.tolist())
-            + "   policy "
-            + " ".join(f"{v:.2f}" for v in pi.tolist())
-        )
-    print("               actions      0      1 seen,  2      3 unseen")
+            learner.update(batch, torch.ones(size), g)
+        q = critic.utilities(obs[:1], state[:1]).mean(0)[0].mean(0).tolist()  # (A,)
+        pi = actor(obs[:1], avail[:1])[0].mean(0).tolist()  # (A,)
+        results[alpha] = q
+        utilities, policy = (" ".join(f"{x:6.2f}" for x in values) for values in (q, pi))
+        print(f"alpha {alpha}: utilities {utilities}   policy {policy}")
     seen, unseen = results[1.0][:2], results[1.0][2:]
     assert min(seen) > max(unseen), "alpha must put the unseen actions below the seen ones"
     assert max(unseen) < min(results[0.0][2:]), "alpha must lower the unseen actions"
-    assert seen[1] > seen[0], "and leave the order of the seen ones"
+    assert seen[1] > seen[0], "and keep the order of the seen ones"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""The snapshots of a behaviour policy's training: which are kept, and their file ENV_ID.npz.
+
+A file holds float16 arrays and nothing pickled. Six snapshots are kept: five spread evenly from the
+start of the training to the medium policy, which is the fifth, and the final policy, the expert.
+  every parameter's name   (6, ...)  its values in the six snapshots
+  snapshot_steps           (6,)      environment steps at which they were taken
+  curve                    (I,4)     after each of the training's I iterations: environment steps,
+                                     mean return, win rate, share of enemies weakened
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import datasets
+import envs
+from behaviour.policy import Policy
+
+FOLDER = Path(__file__).parent
+# Mean returns of the public medium datasets [OMIGA], which our medium policies are chosen to match
+PUBLIC_MEDIUM = {"Hopper-3x1": 724.0, "Ant-2x4": 1419.0, "HalfCheetah-6x1": 1426.0}
+
+
+def select_snapshots(
+    curve: np.ndarray, snapshots: list[dict], medium_return: float | None = None, replay: int = 5
+) -> dict[str, np.ndarray]:
+    """Keep `replay` snapshots spread evenly up to medium, medium the last of them, and the final.
+
+    Args:
+        curve: (I,4), see the top of this file.
+        snapshots: I state_dicts of a policy, as arrays.
+        medium_return: mean return that medium should have; None: medium should win half as often as
+            the final policy (have half its return, if that never wins).
+    Returns:
+        The arrays of a file of weights.
+    """
+    score = curve[:, 2] if curve[-1, 2] > 0 else curve[:, 1]
+    smooth = np.array([score[max(0, i - 4) : i + 5].mean() for i in range(len(score))])
+    target = smooth[-1] / 2 if medium_return is None else medium_return
+    # Scores against weakened enemies are of another task: they do not qualify for medium.
+    distance = np.abs(smooth - target) + 1e9 * (curve[:, 3] > 0)
+    medium = int(distance.argmin())
+    kept = [round(medium * (k + 1) / replay) for k in range(replay)] + [len(curve) - 1]
+    weights = {k: np.stack([snapshots[i][k] for i in kept]) for k in snapshots[0]}
+    return {**weights, "snapshot_steps": curve[kept, 0], "curve": curve.astype(np.float32)}
+
+
+def save_weights(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write the file atomically.
+
+    Raises:
+        ValueError: an array holds NaN or infinity; nothing is written.
+        OSError: the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    if bad := [k for k, x in arrays.items() if not np.isfinite(x).all()]:
+        raise ValueError(f"{path} was not written: NaN or infinity in {bad[0]}; try a lower --lr.")
+    memory = io.BytesIO()
+    np.savez_compressed(memory, **arrays)
+    datasets.write_atomic(path, memory.getvalue())
+
+
+def load_policies(env_id: str, spec: envs.Spec) -> list[Policy]:
+    """The six shipped policies of a task: the fifth is medium, the last is the expert.
+
+    Raises:
+        FileNotFoundError: no behaviour policy is shipped for this task.
+    """
+    path = FOLDER / f"{env_id}.npz"
+    if not path.exists():
+        shipped = ", ".join(sorted(p.stem for p in FOLDER.glob("*.npz")))
+        raise FileNotFoundError(
+            f"No behaviour policy for {env_id} in {FOLDER} (there: {shipped}): train one with "
+            f"`python -m behaviour train --env-id {env_id}`, or give recorded data with --dataset."
+        )
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = {k: stored[k] for k in stored if k not in ("snapshot_steps", "curve")}
+    units = "net.own.weight" in arrays
+    first = arrays["net.own.weight" if units else "net.0.weight"]  # (6,hidden,inputs)
+    policies = [Policy(spec, first.shape[1], units) for _ in first]
+    for k, policy in enumerate(policies):
+        policy.load_state_dict({name: torch.tensor(x[k]).float() for name, x in arrays.items()})
+    return policies
+
+
+def draw_curves(path: Path) -> None:
+    """Draw the learning curves of the shipped policies, with a dot at each snapshot kept.
+
+    Args:
+        path: the picture; its ending selects the format.
+    Raises:
+        ValueError: matplotlib knows no format of this ending. OSError: `path` cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    tasks = envs.PAPER_SMAC + envs.PAPER_MUJOCO
+    for env_id, ax in zip(tasks, figure.subplots(2, 4).flat, strict=True):
+        with np.load(FOLDER / f"{env_id}.npz", allow_pickle=False) as stored:
+            curve, kept = stored["curve"], stored["snapshot_steps"]
+        column = 1 if envs.is_robot(env_id) else 2
+        millions, score = curve[:, 0] / 1e6, curve[:, column]
+        ax.plot(millions, score, lw=0.7)
+        ax.plot(kept / 1e6, np.interp(kept, curve[:, 0], score), "k.")
+        ax.set(title=env_id, ylabel=("", "return", "win rate")[column])
+    figure.supxlabel("environment steps (millions); dots: the snapshots that datasets are made of")
+    memory = io.BytesIO()
+    figure.savefig(memory, dpi=70, format=path.suffix[1:] or "png")
+    datasets.write_atomic(path, memory.getvalue())

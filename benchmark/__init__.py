@@ -1,0 +1,1 @@
+"""Many runs and measurements of speed: `python -m benchmark --help`."""

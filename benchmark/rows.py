@@ -1,0 +1,167 @@
+"""Measurements and the CSV files that keep them: a dataclass is a line, its fields the columns.
+
+results/runs.csv has one line per finished run (`Result`), results/speed.csv one per timing
+(`timing.Row`). An empty cell is a value that does not exist, e.g. a win rate of a robot.
+"""
+
+import csv
+import dataclasses
+import io
+import os
+import platform
+import re
+import threading
+from pathlib import Path
+from typing import TypeVar, get_args
+
+import torch
+
+from datasets import write_atomic
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "results" / "runs.csv"
+SPEED = ROOT / "results" / "speed.csv"
+LOCK = threading.Lock()  # of `record`: the runs of a grid finish in several threads
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass
+class Result:
+    """One finished run: a line of runs.csv. Returns are sums of rewards per episode."""
+
+    method: str  # a key of grid.METHODS
+    variant: str  # flags of train.py that differ from the method's defaults; "": none
+    env_id: str
+    backend: str  # simulator that evaluated; "offline": none, nothing was played
+    quality: str  # of the recorded data
+    seed: int
+    return_mean: float | None  # of the trained policy, greedy
+    return_ci95: float | None  # half of the 95 % interval over the episodes of this run
+    win_rate: float | None  # share of the episodes, 0..1
+    clone_return: float | None  # of behaviour cloning in the same run
+    data_return: float  # mean of the recorded episodes
+    episodes: int  # evaluated
+    # one-step errors on held-out episodes: mean squared error in standardised units
+    state_mse: float | None  # of s', deduced from predicted observations
+    direct_state_mse: float | None  # of s_hat, predicted directly
+    persistence_state_mse: float | None  # of the guess that the state does not change
+    reward_mse: float | None  # of r'
+    direct_reward_mse: float | None  # of r_hat
+    u_error_spearman: float | None  # rank correlation of u with the error of s', -1..1
+    updates: int  # of the policy
+    total_s: float  # seconds of the whole run
+    commit: str
+    machine: str
+    versions: str
+    command: str
+
+    @property
+    def key(self) -> tuple:
+        """Two rows with the same key are the same experiment: the later one replaces the other."""
+        return self.method, self.variant, self.env_id, self.backend, self.quality, self.seed
+
+
+def result(final: dict, method: str, variant: str, quality: str, machine: str, command: str):
+    """The row of a run.
+
+    Args:
+        final: content of its final.json.
+    """
+    score, clone = final["eval"] or {}, final["clone"] or {}
+    errors = final["world_model"] or {}
+    names = ("state_mse", "direct_state_mse", "persistence_state_mse", "reward_mse")
+    names += ("direct_reward_mse", "u_error_spearman")
+    return Result(
+        method=method,
+        variant=variant,
+        env_id=final["env_id"],
+        backend=final["backend"],
+        quality=quality,
+        seed=final["seed"],
+        return_mean=score.get("return_mean"),
+        return_ci95=score.get("return_ci95"),
+        win_rate=score.get("win_rate"),
+        clone_return=clone.get("return_mean"),
+        data_return=final["dataset"]["return_mean"],
+        episodes=score.get("episodes", 0),
+        **{name: errors.get(name) for name in names},
+        updates=final["args"]["updates"],
+        total_s=final["time"]["total_s"],
+        commit=final["commit"],
+        machine=machine,
+        versions=", ".join(f"{k} {v}" for k, v in sorted(final["versions"].items()) if v),
+        command=command,
+    )
+
+
+def record(path: Path, row: Result) -> None:
+    """Write a run's row into the file, in place of the row with the same key if there is one.
+
+    Safe to call from several threads of one process.
+
+    Raises:
+        ValueError: the file has other columns.
+        OSError: the file cannot be written; it is then as it was.
+    """
+    with LOCK:
+        rows = read(path, Result) if path.exists() else []
+        keys = [old.key for old in rows]
+        if row.key in keys:
+            rows[keys.index(row.key)] = row
+        else:
+            rows.append(row)
+        write(path, rows, Result)
+
+
+def write(path: Path, rows: list[T], kind: type[T]) -> None:
+    """Write rows of a dataclass, floats with six digits, in place of the whole file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in dataclasses.fields(kind))
+    for row in rows:
+        cells = dataclasses.astuple(row)
+        writer.writerow(f"{x:.6g}" if isinstance(x, float) else x for x in cells)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.getvalue().encode())
+
+
+def read(path: Path, kind: type[T]) -> list[T]:
+    """The rows that `write` has written.
+
+    Raises:
+        ValueError: the file has other columns, or a cell that is no number where one belongs.
+        OSError: the file cannot be read.
+    """
+    types = {f.name: (get_args(f.type) or (f.type,))[0] for f in dataclasses.fields(kind)}
+
+    def value(name: str, cell: str):
+        if not cell:
+            return "" if types[name] is str else None
+        return types[name](cell)
+
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        if reader.fieldnames != list(types):
+            raise ValueError(
+                f"{path} is not a file of `python -m benchmark`: it has other columns than "
+                f"{', '.join(list(types)[:3])}, ... Give another file."
+            )
+        rows = []
+        for line in reader:
+            try:
+                rows.append(kind(**{name: value(name, cell) for name, cell in line.items()}))
+            except (TypeError, ValueError, KeyError) as e:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: not a row of this file ({e}). Delete it."
+                ) from e
+    return rows
+
+
+def machine(device: str) -> str:
+    """Model and number of the processors, and the GPU's name where `device` is "cuda"."""
+    model, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
+        model = found.group(1)
+    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
+    return f"{model}, {os.cpu_count()} cores{gpu}"

@@ -1,0 +1,24 @@
+"""Files of recorded episodes: our own layout, readers of every public format, and downloads.
+
+  files.py       atomic writing of any file
+  rows.py        checks and helpers that all readers share
+  episodes.py    our layout, which is pymarl's: writing it and reading it
+  omiga.py       OMIGA's HDF5 files of Multi-Agent MuJoCo
+  og_marl.py     OG-MARL's Vaults
+  minari.py      Minari's datasets
+  robots.py      dividing recordings of whole robots among agents
+  load.py        recognise a format, read it, and make an OfflineDataset of it
+  conversion.py  a summary of a dataset, and conversion of any format to our layout
+  download.py    OG-MARL's public Vaults
+  __main__.py    python -m datasets info | convert | download
+
+Nothing in a file is executed or unpickled. The formats and their repairs: docs/data.md.
+"""
+
+from .conversion import convert, describe
+from .episodes import join_rounds, save_episodes
+from .files import replacing, write_atomic
+from .load import load_dataset, read_episodes
+
+__all__ = ["convert", "describe", "join_rounds", "load_dataset", "read_episodes", "replacing",
+           "save_episodes", "write_atomic"]  # fmt: skip

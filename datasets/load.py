@@ -1,0 +1,195 @@
+"""Reading recorded episodes of any format into an `OfflineDataset`.
+
+The format of a path is recognised from its content, not from its name:
+
+  episodes  pymarl's episode batch, as CFCQL and ODIS publish it, and our own: episodes.py
+  omiga     OMIGA's HDF5 files of Multi-Agent MuJoCo: omiga.py
+  vault     a folder of OG-MARL, scenario.vlt/UID: og_marl.py
+  minari    a folder of Minari, or the main_data.hdf5 in it: minari.py
+
+Sizes: E episodes, R rows (L+1 for an episode of L steps), N agents, O observation, S state,
+       A actions.
+"""
+
+import hashlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from buffer import OfflineDataset
+
+from .episodes import read_episode_file
+from .minari import read_minari
+from .og_marl import read_vault
+from .omiga import OMIGA_KEYS, read_omiga
+
+SMAC_VICTORY = 20.0  # smallest return of a won episode in SMAC, with its default scaling
+QUALITIES = re.compile(r"[-_. ](expert|medium|mixed|random|replay|good|poor)", re.I)
+
+
+def load_dataset(
+    path: Path, holdout: float, seed: int, device: torch.device, env_id: str | None = None
+) -> tuple[OfflineDataset, dict]:
+    """Read recorded episodes of any format into (OfflineDataset, metadata).
+
+    Args:
+        path: a file, or a folder of a Vault or of Minari.
+        holdout: share of the episodes that is held out. seed: of the choice of these episodes.
+        env_id: the task if the file does not say it; for a robot also another division.
+    Returns:
+        The dataset on `device`, and metadata: path, sha256 (for a folder: of all its files),
+        format, episodes, transitions, return_mean, return_std, final_observation ("stored" or
+        "repeated"), repaired (a list of sentences) and, where known, env_id, win_rate,
+        win_rate_inferred (True if it is from the rewards) and the file's attributes.
+    Raises:
+        ValueError: with the file, the key and the row or episode of what is wrong with it.
+        ImportError: with what to install to read this format.
+    """
+    columns, lengths, metadata = read_episodes(path, env_id)
+    columns.pop("won", None)
+    tensors = {}
+    for k in list(columns):  # one by one, to free the copy in the host's memory of each
+        x = columns.pop(k)
+        tensors[k] = None if x is None else torch.from_numpy(x).to(device)
+        del x
+    return OfflineDataset(**tensors, lengths=lengths, holdout=holdout, seed=seed), metadata
+
+
+def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarray, dict]:
+    """Read recorded episodes of any format as numpy arrays.
+
+    Args:
+        path, env_id: as in `load_dataset`.
+    Returns:
+        columns: obs (R,N,O), state (R,S), actions (R,N,A), avail (R,N,A) or None, reward (R,),
+            terminated (R,), float32, all episodes one after another with L+1 rows for L steps; and
+            won (E,) bool where it is known. lengths: (E,) steps. metadata: as in `load_dataset`.
+    Raises:
+        ValueError, ImportError: as in `load_dataset`.
+    """
+    path = Path(path)
+    main, kind = recognise(path)
+    readers = {"episodes": read_episode_file, "omiga": read_omiga, "minari": read_minari}
+    try:
+        if kind == "vault":
+            columns, lengths, metadata = read_vault(path, env_id)
+        else:
+            with h5py.File(main, "r") as f:
+                columns, lengths, metadata = readers[kind](main, f, env_id)
+    except (OSError, RuntimeError) as e:  # what h5py raises if it cannot decode a file
+        raise ValueError(f"{path}: truncated or damaged: {e}") from e
+    if env_id and metadata.setdefault("env_id", env_id) != env_id:
+        raise ValueError(f"{path} was recorded on {metadata['env_id']}, not on {env_id}.")
+    returns = np.add.reduceat(
+        columns["reward"].astype(np.float64), np.cumsum(lengths + 1) - lengths - 1
+    )
+    if "won" not in columns and (won := infer_wins(columns, lengths, returns)) is not None:
+        columns["won"], metadata["win_rate_inferred"] = won, True
+    if "won" in columns:
+        metadata["win_rate"] = float(columns["won"].mean())
+    metadata |= {
+        "path": str(path),
+        "sha256": content_hash(path),
+        "format": kind,
+        "episodes": len(lengths),
+        "transitions": int(lengths.sum()),
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+    }
+    for twin in duplicates(path, metadata["sha256"]):
+        print(
+            f"python -m datasets: warning: {path} and {twin} hold the same data under two names: "
+            "one of them was published under a wrong name.",
+            file=sys.stderr,
+        )
+    return columns, lengths, metadata
+
+
+def recognise(path: Path) -> tuple[Path, str]:
+    """The file to open and its format, recognised from the content.
+
+    Raises:
+        ValueError: nothing there, a half-finished download, or none of the known formats.
+    """
+    path = Path(os.path.abspath(path))  # because Path(".") has no name
+    part = path.with_name(f"{path.name}.part")
+    if path.suffix == ".part" or (not path.exists() and part.exists()):
+        raise ValueError(f"{path}: a half-finished download: start the same download again.")
+    if path.is_dir():
+        if (path / "manifest.ocdbt").is_file() and (path / "metadata.json").is_file():
+            return path, "vault"
+        for main in (path / "data" / "main_data.hdf5", path / "main_data.hdf5"):
+            if main.is_file():
+                return main, recognise(main)[1]
+        if within := sorted(p.parent.name for p in path.glob("*/manifest.ocdbt")):
+            raise ValueError(f"{path}: a Vault of {', '.join(within)}: give the folder of one.")
+        raise ValueError(f"{path}: a folder, but neither a Vault nor a Minari dataset in HDF5.")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file of recorded episodes.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: an empty file.")
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path}: not an HDF5 file of recorded episodes.")
+    try:
+        with h5py.File(path, "r") as f:
+            keys = list(f)
+    except (OSError, RuntimeError) as e:
+        raise ValueError(f"{path}: truncated or damaged: {e}") from e
+    if all(k in keys for k in OMIGA_KEYS):
+        return path, "omiga"
+    if any(re.fullmatch(r"episode_\d+", k) for k in keys):
+        return path, "minari"
+    return path, "episodes"
+
+
+def infer_wins(columns: dict, lengths: np.ndarray, returns: np.ndarray) -> np.ndarray | None:
+    """Which episodes were won (E,) bool, inferred from SMAC's rewards; None if it is unknown.
+
+    SMAC's reward is the damage done, 10 for a kill and 200 for victory, never negative, scaled so
+    that killing all enemies returns 20. Damage to units that heal is paid again, so a long episode
+    can return 20 and be lost. But victory ends the episode, and no other step pays as much. So an
+    episode counts as won if it terminated, returned at least 20, and its last step paid more than
+    every step that was not the last of an episode. Nothing is inferred for continuous actions, for
+    rewards on another scale, or if no return reaches 20.
+    """
+    scale = returns.max() >= SMAC_VICTORY - 0.01 and returns.max() < 2 * SMAC_VICTORY
+    if columns["avail"] is None or not scale or columns["reward"].min() < 0:
+        return None
+    last = np.cumsum(lengths + 1) - 2  # row of each episode's last step
+    not_last = np.ones(len(columns["reward"]), bool)
+    not_last[last] = False
+    largest = columns["reward"].max(initial=0, where=not_last)
+    won = (columns["reward"][last] > largest) & (returns >= SMAC_VICTORY - 0.01)
+    return won & (columns["terminated"][last] != 0)
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file; of a folder, over the names and hashes of its files in order."""
+    if path.is_file():
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for p in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{p.relative_to(path).as_posix()} {content_hash(p)}\n".encode())
+    return digest.hexdigest()
+
+
+def duplicates(path: Path, sha256: str) -> list[str]:
+    """Names of other qualities of the same task, in the same place, that hold the same data."""
+
+    def size(p: Path) -> int:
+        return sum(q.stat().st_size for q in ([p] if p.is_file() else p.rglob("*")))
+
+    if path.is_dir():
+        beside = [p.parent for p in path.resolve().parent.glob("*/manifest.ocdbt")]
+    else:
+        name = QUALITIES.split(path.name)[0]
+        beside = [p for p in path.resolve().parent.glob(f"*{path.suffix}") if p.is_file()]
+        beside = [p for p in beside if QUALITIES.split(p.name)[0] == name]
+    others = [p for p in beside if not p.samefile(path) and size(p) == size(path)]
+    return sorted(p.name for p in others if content_hash(p) == sha256)

@@ -1,0 +1,188 @@
+"""Checks and helpers that all readers share: reading in blocks, cutting rows into episodes.
+
+A reader allocates the float32 arrays that training needs and fills them key by key, a few megabytes
+at a time, so that it never holds a second copy of the data.
+
+A flat recording holds its episodes one after another along one axis, with flags at their ends.
+
+Sizes: M rows stored, R rows returned (L+1 for an episode of L transitions), E episodes, N agents,
+       A actions, m rows of one block.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCK = 8 * 2**20  # bytes read at a time, the memory a reader needs beyond its result
+Rows = Callable[[str, int, int], np.ndarray]  # (key, a, b) -> stored rows a to b of this key
+
+
+def blocks(count: int, row_bytes: int, chunk: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges (a,b) of about BLOCK bytes each that cover `count` rows.
+
+    They begin at the borders of chunks (rows that are compressed together) unless chunks are huge.
+    """
+    step = max(1, BLOCK // max(1, row_bytes))
+    if step >= chunk or chunk * row_bytes <= 4 * BLOCK:  # so that no chunk is decoded twice
+        step = max(1, step // chunk) * chunk
+    for a in range(0, count, step):
+        yield a, min(a + step, count)
+
+
+def numbers(path: Path, key: str, array) -> None:
+    """Refuse what is not an array of plain numbers inside the file itself.
+
+    Raises:
+        ValueError: text, objects or no array, or data that lie in another file.
+    """
+    kind = getattr(array, "dtype", "no array")
+    kind = getattr(kind, "numpy_dtype", kind)  # tensorstore has its own
+    if isinstance(kind, str) or kind.kind not in "biuf":
+        raise ValueError(f"{path}: key {key} holds no plain numbers ({kind}).")
+    if getattr(array, "external", None) or getattr(array, "is_virtual", False):
+        raise ValueError(f"{path}: key {key} refers to other files, which are not read.")
+
+
+def finite(path: Path, key: str, first: int, x: np.ndarray) -> np.ndarray:
+    """Return x, the stored rows from `first` on; ValueError if any of it is NaN or infinite."""
+    if not np.isfinite(x).all():
+        row = first + int(np.argwhere(~np.isfinite(x))[0][0])
+        raise ValueError(f"{path}: key {key}, row {row}: NaN or infinity in it.")
+    return x
+
+
+def allowed(path: Path, key: str, where: Callable[[int], str], avail: np.ndarray) -> np.ndarray:
+    """Return `avail` (m,N,A); ValueError if it is no mask or leaves an agent no action.
+
+    Args:
+        where: names row i of the block in the message, such as "episode 3".
+    """
+    for wrong, what in (
+        (((avail != 0) & (avail != 1)).any((1, 2)), "neither 0 nor 1"),
+        (~avail.any(-1).all(-1), "an agent has no available action"),
+    ):
+        if wrong.any():
+            raise ValueError(f"{path}: key {key}, {where(int(wrong.argmax()))}: {what}.")
+    return avail
+
+
+def one_hot(path: Path, mask: str, where: Callable, choice, avail, exempt) -> np.ndarray:
+    """Action ids `choice` (m,N) -> one-hot (m,N,A).
+
+    Args:
+        mask: the key of `avail` (m,N,A), for the messages. where: as in `allowed`.
+        exempt: (m,) bool, rows whose action need not be available (final rows carry none).
+    Raises:
+        ValueError: an id is not a whole number, out of range, or not available.
+    """
+    ids, size = choice.astype(np.int64), avail.shape[-1]
+    if (wrong := ids != choice).any():
+        raise ValueError(f"{path}: key actions: {choice[wrong][0]} is no action id.")
+    if (wrong := (ids < 0) | (ids >= size)).any():
+        raise ValueError(f"{path}: key actions: {ids[wrong][0]}, but {mask} has 0 to {size - 1}.")
+    taken = np.take_along_axis(avail, ids[..., None], -1)[..., 0]
+    if (wrong := (taken == 0).any(1) & ~exempt).any():
+        row = where(int(wrong.argmax()))
+        raise ValueError(f"{path}: key actions, {row}: not available by {mask}.")
+    return np.eye(size, dtype=np.float32)[ids]
+
+
+def shared(path: Path, key: str, values: np.ndarray) -> np.ndarray:
+    """(M,), (M,1), (M,N) or (M,N,1) -> (M,); ValueError if the agents' values differ."""
+    values = values.reshape(len(values), -1)
+    if (unequal := (values != values[:, :1]).any(1)).any():
+        row = int(unequal.argmax())
+        raise ValueError(f"{path}: key {key}, row {row}: the agents' values differ.")
+    return values[:, 0]
+
+
+def clip_actions(x: np.ndarray, clipped: list[int]) -> np.ndarray:
+    """Clip to [-1,1] as the simulator does, and add the number of clipped values to clipped[0]."""
+    clipped[0] += int((np.abs(x) > 1 + 1e-6).sum())
+    return x.clip(-1, 1)
+
+
+def finish(columns: dict, lengths: np.ndarray, terminated: np.ndarray) -> None:
+    """Add the column `terminated`, 1 at the last step of terminated (E,) episodes; final rows get
+    reward 0.
+    """
+    last = np.cumsum(lengths + 1) - 1
+    columns["reward"][last] = 0
+    columns["terminated"] = np.zeros(len(columns["reward"]), np.float32)
+    columns["terminated"][last - 1] = terminated
+
+
+class Layout(NamedTuple):
+    """Which stored row of a flat recording becomes which returned row."""
+
+    target: np.ndarray  # (M,) index of the returned row, -1 = left out
+    lengths: np.ndarray  # (E,) transitions
+    terminated: np.ndarray  # (E,) bool
+    repeated: np.ndarray  # returned rows that repeat the row before: no final observation stored
+    dropped: int  # number of episodes without a transition
+    unfinished: bool  # the recording stops in the middle of its last episode
+
+
+def lay_out(path: Path, ends: np.ndarray, terminal: np.ndarray, final_row: bool) -> Layout:
+    """Cut a flat recording into episodes.
+
+    Args:
+        ends: (M,) bool, the last stored row of an episode.
+        terminal: (M,) bool, the episode terminated here and was not only truncated.
+        final_row: whether an episode's last stored row is the observation after its last step
+            (OMIGA) or the last step itself (Vaults).
+    Raises:
+        ValueError: no rows, or no row that ends an episode.
+    """
+    if not len(ends):
+        raise ValueError(f"{path}: holds no rows.")
+    if not ends.any():
+        raise ValueError(f"{path}: none of the {len(ends)} rows ends an episode.")
+    stops = np.flatnonzero(ends) + 1
+    if unfinished := stops[-1] != len(ends):
+        stops = np.append(stops, len(ends))
+    starts = np.append(0, stops[:-1])
+    stored, terminated = stops - starts, terminal[stops - 1] & ends[stops - 1]
+    repeat = terminated & (not final_row)
+    lengths = stored - 1 + repeat
+    kept = lengths >= 1
+    rows = np.where(kept, lengths + 1, 0)
+    first = np.cumsum(rows) - rows
+    target = np.repeat(first - starts, stored) + np.arange(len(ends))
+    target[np.repeat(~kept, stored)] = -1
+    repeated = (first + lengths)[kept & repeat]
+    return Layout(
+        target, lengths[kept], terminated[kept], repeated, int((~kept).sum()), bool(unfinished)
+    )
+
+
+def clip_repair(clipped: int, total: int) -> list[str]:
+    """A sentence about clipped action values, if there were any."""
+    share = clipped / total
+    return [f"{share:.1%} of the action values were clipped to [-1,1]"] if clipped else []
+
+
+def layout_repairs(layout: Layout) -> list[str]:
+    """Sentences about what `lay_out` repaired."""
+    repaired = []
+    if layout.dropped:
+        repaired.append(f"{layout.dropped} episodes without a whole transition were left out")
+    if layout.unfinished:
+        repaired.append("the recording stops inside its last episode, which counts as truncated")
+    return repaired
+
+
+def place(bar, layout: Layout, out: np.ndarray, rows: Rows, key: str, chunk: int, read) -> None:
+    """Fill out (R,...): out[target] = read(key, a, stored rows a to b), block by block.
+
+    Args:
+        bar: tqdm progress bar. chunk: rows that are compressed together.
+        read: (key, first row, rows) -> checked and converted rows.
+    """
+    row_bytes = rows(key, 0, 1).nbytes
+    for a, b in blocks(len(layout.target), row_bytes, chunk):
+        to = layout.target[a:b]
+        out[to[to >= 0]] = read(key, a, rows(key, a, b))[to >= 0]
+        bar.update(b - a)

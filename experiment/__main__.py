@@ -1,0 +1,54 @@
+"""Look at finished runs: a GIF of a policy, a table of many runs."""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from experiment import report as reports
+from experiment.watch import watch as write_gif
+
+
+def watch(
+    run: tyro.conf.Positional[Path],
+    /,
+    episodes: int = 1,
+    out: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Write a GIF of a run's policy, acting greedily in its simulator.
+
+    Args:
+        run: folder of a run, as train.py prints it
+        episodes: number of episodes, shown one after the other
+        out: file to write, RUN/watch.gif by default
+        seed: of the first episode
+    """
+    path = write_gif(run, episodes, out, seed)
+    print(f"wrote {path} ({path.stat().st_size / 1024:.0f} KiB)")
+
+
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], /) -> None:
+    """Print markdown tables of finished runs, with means over the seeds of each setting.
+
+    Args:
+        runs: folders of runs, or their final.json files
+    """
+    if not runs:
+        raise ValueError("report: no run was given; give folders of finished runs.")
+    print(reports.compare(list(runs)))
+
+
+def cli(argv: list[str] | None = None) -> None:
+    """The command line: an error is one sentence and a non-zero exit."""
+    commands = {"watch": watch, "report": report}
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="python -m experiment", description=__doc__, args=argv
+        )
+    except (ValueError, OSError, ImportError) as e:
+        sys.exit(f"python -m experiment: {e}")
+
+
+if __name__ == "__main__":
+    cli()

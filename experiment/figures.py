@@ -1,0 +1,68 @@
+"""run.png: return during training, error of the world model, uncertainty against true error."""
+
+import io
+from pathlib import Path
+
+import torch
+
+import datasets
+
+
+def draw(
+    folder: Path, final: dict, scatter: tuple[torch.Tensor | None, torch.Tensor] | None
+) -> None:
+    """Write run.png.
+
+    Args:
+        folder: of the run.
+        final: content of final.json; numbers may be NaN.
+        scatter: what `diagnostics.uncertainty_and_error` returns; None: a run without a world
+            model, the figure has one panel.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
+    panels = 1 if scatter is None else 2 if scatter[0] is None else 3
+    figure = Figure(figsize=(1 + 4 * panels, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    draw_returns(axes[0], final)
+    if panels > 1:
+        draw_rollout_errors(axes[1], final["world_model"]["rollout"])
+    if panels > 2:
+        uncertainty, error = (x.cpu() for x in scatter)
+        axes[2].scatter(uncertainty, error, s=3, alpha=0.3, edgecolors="none")
+        correlation = final["world_model"]["u_error_spearman"]
+        axes[2].set(
+            xlabel="uncertainty u", ylabel="true error of s'", xscale="log", yscale="log",
+            title=f"rank correlation {correlation:.2f}",
+        )  # fmt: skip
+    memory = io.BytesIO()
+    figure.savefig(memory, dpi=110)
+    datasets.write_atomic(folder / "run.png", memory.getvalue())
+
+
+def draw_returns(ax, final: dict) -> None:
+    """Return of the policy while it trains, beside the cloned policy and the data."""
+    if evaluations := final["evaluations"]:
+        x, y, ci95 = zip(
+            *((e["update"], e["return_mean"], e["return_ci95"]) for e in evaluations), strict=True
+        )
+        ax.errorbar(x, y, ci95, marker="o", label="this run")
+    if clone := final["clone"]:
+        ax.axhline(clone["return_mean"], color="grey", ls="--", label="behaviour cloning")
+    ax.axhline(final["dataset"]["return_mean"], color="grey", label="data")
+    ax.set(xlabel="policy updates", ylabel="return", title=f"{final['env_id']}, {final['backend']}")
+    ax.legend()
+
+
+def draw_rollout_errors(ax, errors: dict[str, list[float]]) -> None:
+    """Error of the state after each imagined step, beside predicting that nothing changes."""
+    steps = range(1, len(errors["state"]) + 1)
+    ax.plot(steps, errors["state"], marker="o", label="world model")
+    ax.plot(steps, errors["persistence"], color="grey", label="nothing changes")
+    ax.set(
+        xlabel="imagined steps", ylabel="state error (standardised MSE)", yscale="log",
+        title="along recorded actions, held out",
+    )  # fmt: skip
+    ax.legend()

@@ -1,0 +1,200 @@
+"""Before training: flags are checked, the data, the device and the simulator are chosen.
+
+The simulator (`--backend auto`): robots are simulated by MuJoCo; policies from data of SMAX are
+evaluated in SMAX, those from data of StarCraft II in StarCraft II where it is installed. If it is
+not, or if no simulator here plays the task, the run trains all the same, plays no episode, and
+ends with what can be measured on held-out data: its backend is then called "offline".
+"""
+
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+import behaviour
+import envs
+from buffer import OfflineDataset
+from datasets import write_atomic
+from logo_wm import LogoWM
+from simulators import starcraft
+
+STARCRAFT_GAMES = 4  # processes of StarCraft II side by side, each with a gigabyte of memory
+SHARES = ("synthetic_fraction", "gamma", "tau", "ema_decay", "epsilon")
+MAY_BE_ZERO = ("seed", "threads", "model_retain")
+
+
+def check_args(args) -> None:
+    """Refuse flags that cannot work, before any work is done.
+
+    Raises:
+        ValueError: one sentence: which flag, what is wrong with it, what would do.
+    """
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} is {value}"
+        if name in SHARES and not 0 <= value <= 1:
+            raise ValueError(f"{flag}: give 0 to 1.")
+        if type(value) is float and not 0 <= value < math.inf:
+            raise ValueError(f"{flag}: give 0 or more.")
+        at_least = 0 if name in MAY_BE_ZERO else 1
+        if type(value) is int and value < at_least:
+            raise ValueError(f"{flag}: give {at_least} or more.")
+    if args.u_scale == 0:
+        raise ValueError("--u-scale is 0: give more, u is divided by it.")
+    if args.synthetic_fraction > 0 and round(args.synthetic_fraction * args.batch_size) == 0:
+        raise ValueError(
+            f"--synthetic-fraction {args.synthetic_fraction} of --batch-size {args.batch_size} is "
+            "less than a row: give 0 for MACQL, or more."
+        )
+    if args.critic == "none" and args.synthetic_fraction > 0:
+        raise ValueError("--critic none clones real data: it needs --synthetic-fraction 0.")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--track needs Weights & Biases: pip install wandb.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; give --device cpu or auto.")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ValueError("--compile: no C++ compiler is installed (g++, or $CXX); leave it out.")
+    backend = envs.choose_backend(args.env_id, args.backend)
+    if backend in ("smac", "smacv2") and args.dataset is None:
+        raise ValueError(
+            f"{args.env_id} on {backend} needs --dataset FILE, recorded in StarCraft II "
+            "(docs/starcraft.md); what we record is SMAX's and MuJoCo's."
+        )
+    # Can the run's folder be written? Not known to the hour of playing before it is used.
+    probe = (args.out or Path("runs")) / f".{os.getpid()}.probe"
+    write_atomic(probe, b"")
+    probe.unlink()
+
+
+def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
+    """Refuse sizes of networks and D_m that do not fit into memory.
+
+    Raises:
+        ValueError: what they would take, what there is, which flags would help.
+    """
+    n, o, s, a = spec[2:6]
+    rows = kept_collections(args) * (args.horizon + 1) * args.rollout_batch_size
+    with torch.device("meta"):
+        world_model = LogoWM(n, o, s, a, args.hidden, spec.discrete)
+    parameters = sum(p.numel() for p in world_model.parameters())
+    # a row of D_m; a parameter with its gradient and Adam's two moments
+    need = 4 * (rows * (n * o + s + 2 * n * a + 2) + 4 * parameters) / 2**30
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info()[0] / 2**30
+    else:
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if args.synthetic_fraction > 0 and need > have:
+        raise ValueError(
+            f"--hidden {args.hidden}, --model-retain {args.model_retain}, --rollout-batch-size "
+            f"{args.rollout_batch_size} and --horizon {args.horizon} need {need:.3g} GiB, of which "
+            f"{have:.3g} are here: lower them."
+        )
+
+
+def kept_collections(args) -> int:
+    """Collections that D_m keeps; --model-retain 0 stands for all of them."""
+    return args.model_retain or math.ceil(args.updates / args.rollout_interval)
+
+
+def choose_device(args) -> torch.device:
+    """What --device says; auto takes a GPU if there is one. Sets torch's threads as well."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(available if args.device == "auto" else args.device)
+
+
+def method(args) -> str:
+    """logo, or what is left of it: macql without the model, bc without model and critic."""
+    if args.synthetic_fraction > 0:
+        return "logo"
+    return "macql" if args.critic == "cql" else "bc"
+
+
+def commit() -> str:
+    """This checkout's commit, "-dirty" where files differ from it, "unknown" outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    root = Path(__file__).parent.parent
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def find_dataset(args) -> Path:
+    """The file of --dataset, or our recording of this task and quality, made at first use."""
+    path = args.dataset or behaviour.load_or_record(args.env_id, args.quality, args.episodes)
+    return Path(os.path.relpath(path))  # results are shared: no folders above this one
+
+
+def choose_simulator(args, data: OfflineDataset, metadata: dict):
+    """(environment or None, its Spec) for this data; prints which and why.
+
+    Raises:
+        ValueError: the data do not fit the backend that was asked for.
+        ImportError, OSError: the backend that was asked for is not installed.
+    """
+    sizes = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])  # N, O, S, A
+    limit = int(data.lengths.max())
+    offline = envs.Spec(args.env_id, "offline", *sizes, data.avail is not None, limit)
+    try:
+        backend, why = best_backend(args, metadata)
+        env = None
+        if backend != "offline":
+            starcraft_game = backend in ("smac", "smacv2")
+            slots = min(args.eval_episodes, STARCRAFT_GAMES if starcraft_game else math.inf)
+            env = envs.make(args.env_id, slots, backend)
+    except (ImportError, OSError) as e:
+        if args.backend != "auto":
+            raise
+        env, why = None, str(e)
+    if env is not None and sizes != env.spec[2:6]:
+        shown = env.spec[2:6]
+        if args.backend != "auto" or metadata.get("backend") == backend:
+            raise ValueError(
+                f"{metadata['path']}: agents, observation, state and actions are {sizes}, but "
+                f"{args.env_id} on {backend} has {shown}; give the --env-id and --backend of the "
+                "recording."
+            )
+        env, why = None, f"{why}, and {backend} has (N, O, S, A) = {shown}, the data {sizes}"
+    if env is not None:
+        print(f"simulator {env.spec.backend}: {why}")
+        return env, env.spec
+    print(f"no simulator: {why}; no episode will be played, the run ends with measures on "
+          "held-out data")  # fmt: skip
+    return None, offline
+
+
+def best_backend(args, metadata: dict) -> tuple[str, str]:
+    """The simulator that plays what was recorded, or "offline", and why it was chosen."""
+    if args.backend != "auto":
+        return args.backend, "as asked for"
+    recorded, natural = metadata.get("backend"), envs.natural_backend(args.env_id)
+    if recorded in ("smac", "smacv2") and not starcraft.starcraft_present():
+        return "offline", "StarCraft II, in which the data were recorded, is not installed"
+    if recorded in envs.BACKENDS:
+        return recorded, f"the data were recorded in {recorded}"
+    if natural == "mamujoco":
+        return natural, "it plays this robot"
+    if starcraft.starcraft_present():
+        return "smac" if natural == "smax" else natural, "StarCraft II is installed"
+    if natural == "smacv2" or args.env_id not in envs.known_ids():
+        return "offline", f"StarCraft II is not installed, and nothing else plays {args.env_id}"
+    return natural, "StarCraft II is not installed"
+
+
+def announce(args, device: torch.device, metadata: dict, name: str) -> None:
+    """Say what is trained, on which device and data."""
+    won = f", {metadata['win_rate']:.0%} won" if "win_rate" in metadata else ""
+    print(
+        f"{name.upper()} on {args.env_id}, device {device}, seed {args.seed}\n"
+        f"data {metadata['path']}: {metadata['episodes']} episodes, "
+        f"{metadata['transitions']:,} transitions, return {metadata['return_mean']:.2f} +- "
+        f"{metadata['return_std']:.2f}{won}\n     sha256 {metadata['sha256']}"
+    )
+    for repair in metadata.get("repaired", []):
+        print(f"     {repair}")

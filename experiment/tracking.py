@@ -1,0 +1,237 @@
+"""One run while it trains: progress bars, metrics.csv, TensorBoard and checkpoint.pt.
+
+    run = Run(args, spec, metadata, device, method="logo")
+    run.start(world_model=world_model, learner=learner, rng=rng)   # or goes on where it stopped
+    for k in run.phase("wm", "Phase 1: world model", 3000):
+        ...one update...
+        run.log(metrics)
+
+The checkpoint is one dict of state_dicts, read with `weights_only=True`. A run that was killed and
+resumed ends with the same weights and scores, bit for bit.
+"""
+
+import contextlib
+import pickle
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import envs
+from datasets import replacing, write_atomic
+
+LOG_EVERY = 100  # updates between two rows of metrics.csv, and between two looks at the GPU
+CHECKPOINT_SHARE = 0.02  # of the time that writing checkpoints may take
+FILES = ("metrics.csv", "events.out.tfevents.*", "checkpoint.pt", "run.png", "final.json")
+MAY_DIFFER = ("resume", "out", "track", "threads", "device")  # flags, when a run is resumed
+COUNTERS = ("progress", "evaluations", "seconds", "imagined_rows")
+
+
+def plain(args) -> dict:
+    """The flags as JSON knows them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+class Run:
+    """A run's folder, counters, clocks, metrics and checkpoint.
+
+    Args:
+        args: train.Args. spec, metadata: of the environment and of the data. device: of training.
+        method: name for the folder and the report.
+    """
+
+    def __init__(self, args, spec: envs.Spec, metadata: dict, device: torch.device, method: str):
+        self.args, self.spec, self.metadata, self.device = args, spec, metadata, device
+        self.method, self.started = method, time.time()
+        source = args.quality
+        if args.dataset:  # many public files have the same name
+            source = f"{args.dataset.resolve().stem}-{metadata['sha256'][:6]}"
+        name = f"{args.env_id}-{source}-{spec.backend}-{method}-seed{args.seed}"
+        self.folder = args.out or Path("runs") / name
+        self.progress = {"clone": 0, "wm": 0, "policy": 0}  # updates done
+        self.evaluations: list[dict] = []
+        clocks = ("clone", "wm", "policy", "imagine", "eval", "checkpoint", "total")
+        self.seconds = dict.fromkeys(clocks, 0.0)
+        self.imagined_rows = 0
+        self._history, self._since, self._aside = [], time.time(), 0.0
+        self._saved, self._save_seconds = time.time(), 0.0
+
+    # ------------------------------------------------------------------------------- the loops
+
+    def start(self, **parts) -> None:
+        """Start afresh, or with --resume go on from the checkpoint.
+
+        Args:
+            parts: what a checkpoint holds: objects with state_dict and load_state_dict, and
+                generators.
+        """
+        self.parts = parts
+        print(f"run {self.folder}")
+        if self.args.resume:
+            self.load()
+        for pattern in FILES if not self.args.resume else ():
+            for old in self.folder.glob(pattern):
+                print(f"replacing {old}")
+                old.unlink()
+        self._open_logs()
+        if not self.args.resume:
+            self.save()  # so that --resume works from the first moment
+
+    def phase(self, name: str, title: str, total: int) -> Iterator[int]:
+        """The numbers k of the updates still to do, up to `total`, with a progress bar.
+
+        After each update: metrics are written every LOG_EVERY updates, the checkpoint so often
+        that it takes about CHECKPOINT_SHARE of the time, and at the end.
+
+        Args:
+            name: of the counter in `progress`, of the clock in `seconds` and of the metrics.
+        Raises:
+            FloatingPointError: a metric was not finite; names the update and the metric.
+        """
+        first = self.progress[name]
+        if first == total:
+            return
+        self._since, self._aside = time.time(), 0.0
+        self._bar = tqdm(
+            range(first, total), initial=first, total=total, desc=title, unit="update",
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+        )  # fmt: skip
+        for k in self._bar:
+            torch.compiler.cudagraph_mark_step_begin()  # for --compile on a GPU
+            yield k
+            self.progress[name] = k + 1
+            if (k + 1) % LOG_EVERY == 0 or k + 1 == total:
+                self._write(name, k + 1, self._look(title, k + 1))
+                self._history.clear()
+                now = time.time()
+                self.seconds[name] += now - self._since - self._aside
+                self._since, self._aside = now, 0.0
+            due = (time.time() - self._saved) * CHECKPOINT_SHARE >= self._save_seconds
+            if due or k + 1 == total:
+                self._look(title, k + 1)  # no checkpoint of numbers that are not finite
+                self.save()
+
+    def log(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Remember this update's metrics, 0-d tensors; nothing is read from the GPU yet."""
+        self._names = list(metrics)
+        self._history.append(torch.stack(list(metrics.values())))  # a copy, for CUDA graphs
+
+    def evaluation(self, update: int, score: dict) -> None:
+        """Keep the score of `envs.evaluate` after this many policy updates."""
+        self.evaluations.append({"update": update, **score})
+        self._write("eval", update, {k: v for k, v in score.items() if v is not None})
+        self._bar.set_postfix({"return": f"{score['return_mean']:.2f}"})
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the time of a block for the clock `name` instead of for its phase."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.time()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        took = time.time() - started
+        self.seconds[name] += took
+        self._aside += took
+
+    # ------------------------------------------------------------------------------- metrics
+
+    def _look(self, title: str, done: int) -> dict[str, float]:
+        """The latest metrics as numbers, after a check of all since the last row of metrics.csv."""
+        if not self._history:
+            return {}
+        values = torch.stack(self._history).cpu()
+        for row, column in values.isfinite().logical_not().nonzero()[:1].tolist():
+            raise FloatingPointError(
+                f"{title}, update {done - len(values) + 1 + row}: {self._names[column]} is not "
+                f"finite. Lower --lr or look at the data; {self.folder} keeps the last checkpoint "
+                "before it."
+            )
+        return dict(zip(self._names, values[-1].tolist(), strict=True))
+
+    def _open_logs(self) -> None:
+        """metrics.csv without the rows that are newer than the checkpoint, and TensorBoard."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._csv, self._wandb = self.folder / "metrics.csv", None
+        kept = ["phase,update,metric,value\n"]
+        done = self.progress | {"eval": self.progress["policy"]}
+        if self._csv.exists():
+            rows = self._csv.read_text().splitlines(keepends=True)[1:]
+            whole = [r for r in rows if r.count(",") == 3 and r.endswith("\n")]
+            kept += [r for r in whole if int(r.split(",")[1]) <= done[r.split(",")[0]]]
+        write_atomic(self._csv, "".join(kept).encode())
+        self._tensorboard = SummaryWriter(self.folder)
+        if self.args.track:
+            import wandb
+
+            self._wandb = wandb.init(project="logo", name=self.folder.name, config=plain(self.args))
+
+    def _write(self, phase: str, update: int, metrics: dict[str, float]) -> None:
+        with self._csv.open("a") as f:
+            f.writelines(f"{phase},{update},{k},{v:.6g}\n" for k, v in metrics.items())
+        for k, v in metrics.items():
+            self._tensorboard.add_scalar(f"{phase}/{k}", v, update)
+        if self._wandb:
+            self._wandb.log({f"{phase}/{k}": v for k, v in metrics.items()})
+
+    def close(self) -> None:
+        """End TensorBoard's file."""
+        self._tensorboard.close()
+
+    # ------------------------------------------------------------------------------- checkpoint
+
+    def save(self) -> None:
+        """Write checkpoint.pt: every part's state, the counters, and what identifies the run."""
+        started = time.time()
+        with self.timed("checkpoint"):
+            self.seconds["total"] = started - self.started
+            state = {name: getattr(self, name) for name in COUNTERS}
+            state |= {"args": plain(self.args), "backend": self.spec.backend}
+            state |= {"data": self.metadata["sha256"], "device": self.device.type}
+            for name, part in self.parts.items():
+                is_generator = isinstance(part, torch.Generator)
+                state[name] = part.get_state() if is_generator else part.state_dict()
+            with replacing(self.folder / "checkpoint.pt") as temporary:
+                torch.save(state, temporary)
+        self._saved = time.time()
+        self._save_seconds = self._saved - started
+
+    def load(self) -> None:
+        """Take up the folder's checkpoint.
+
+        Raises:
+            ValueError: there is none, or it is of a run with other flags, data or device.
+        """
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            raise ValueError(f"--resume: no checkpoint in {self.folder}; start without --resume.")
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            mine, theirs = plain(self.args), state["args"]
+        except (RuntimeError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as e:
+            raise ValueError(f"--resume: {path} is no checkpoint of this program: {e!r}") from e
+        if state["device"] != self.device.type:  # its random numbers differ: it is another run
+            raise ValueError(f"--resume: {path} was trained with --device {state['device']}.")
+        if state["data"] != self.metadata["sha256"]:
+            raise ValueError(
+                f"--resume: {path} is of a run on other data than {self.metadata['path']}."
+            )
+        if differ := [k for k in mine if k not in MAY_DIFFER and mine[k] != theirs.get(k)]:
+            told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ)
+            raise ValueError(
+                f"--resume: {path} is of a run with {told}; give that, or another --out."
+            )
+        for name, part in self.parts.items():
+            if isinstance(part, torch.Generator):
+                part.set_state(state[name].cpu())
+            else:
+                part.load_state_dict(state[name])
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.started -= self.seconds["total"]  # the time of the run, not of this process

@@ -1,0 +1,150 @@
+"""A GIF of a run's policy, acting greedily in its simulator: `python -m experiment watch RUN`.
+
+SMAX's episodes are drawn by JaxMARL's own visualiser, robots by Gymnasium's renderer, StarCraft
+II's episodes from the positions of their units. Long episodes are thinned evenly.
+"""
+
+import io
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import datasets
+import envs
+from macql import Actor
+
+MOST_FRAMES = 80  # of the whole GIF
+WIDTH = 240  # pixels
+COLOURS = 24  # one palette for all frames, so that what does not move costs no bytes
+MILLISECONDS = 80  # that a frame is shown
+
+
+def watch(run: Path, episodes: int = 1, out: Path | None = None, seed: int = 0) -> Path:
+    """Play episodes with a run's policy and write them as one GIF.
+
+    Args:
+        run: folder of a run, as train.py prints it.
+        episodes: number of episodes, shown one after the other.
+        out: file to write; None: RUN/watch.gif.
+        seed: of the first episode; the next ones have seed + 1, ...
+    Returns:
+        The GIF's path.
+    Raises:
+        ValueError: there is no policy to show, or it does not fit the simulator.
+        ImportError: the simulator is not installed.
+        OSError: no off-screen OpenGL, or the file cannot be written.
+    """
+    if episodes < 1:
+        raise ValueError(f"--episodes is {episodes}: give 1 or more.")
+    stored = read_checkpoint(run)
+    env_id = stored["args"]["env_id"]
+    if stored["backend"] == "offline":
+        raise ValueError(
+            f"{run} was trained without a simulator, so there is none to show {env_id} in."
+        )
+    env = envs.make(env_id, 1, stored["backend"], render=True)
+    try:
+        actor = make_actor(run, stored, env.spec)
+        budget = max(4, MOST_FRAMES // episodes)
+        frames = [f for k in range(episodes) for f in play(env, actor, seed + k, budget)]
+    finally:
+        env.close()
+    path = out or run / "watch.gif"
+    datasets.write_atomic(path, gif(frames))
+    return path
+
+
+def read_checkpoint(run: Path) -> dict:
+    """What is needed of RUN/checkpoint.pt: args (the flags), backend, weights (of `ema_actor`).
+
+    Raises:
+        ValueError: no folder of a run, nothing saved yet, or a file that is no checkpoint.
+    """
+    path = run / "checkpoint.pt"
+    if not path.exists():
+        what = "has no checkpoint yet" if (run / "metrics.csv").exists() else "is not a run"
+        raise ValueError(f"{run} {what}: give the folder that train.py printed, after its start.")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        found = {
+            "args": {k: stored["args"][k] for k in ("env_id", "hidden", "shared_actor")},
+            "backend": stored["backend"],
+            "weights": stored["learner"]["ema_actor"],
+        }
+    except (RuntimeError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} is not a checkpoint of this program: {e!r}.") from e
+    return found
+
+
+def make_actor(run: Path, stored: dict, spec: envs.Spec) -> Actor:
+    """The policy of a checkpoint, for a simulator.
+
+    Raises:
+        ValueError: they differ in the number of agents, observations or actions.
+    """
+    args, weights = stored["args"], stored["weights"]
+    try:
+        mean, std = weights["standardise.mean"], weights["standardise.std"]
+        found, needed = tuple(mean.shape), (spec.num_agents, spec.obs_dim)
+        if found != needed:
+            raise ValueError(
+                f"{run}: the policy was trained with (agents, observation size) {found}, but "
+                f"{spec.env_id} on {spec.backend} has {needed}."
+            )
+        shape = (spec.action_dim, args["hidden"], spec.discrete, args["shared_actor"])
+        actor = Actor(mean, std, *shape)
+        actor.load_state_dict(weights)
+    except (RuntimeError, KeyError) as e:  # of other layers than macql.Actor's
+        raise ValueError(
+            f"{run}: its policy is not a macql.Actor for {spec.env_id} on {spec.backend}: "
+            f"{' '.join(str(e).split())}"
+        ) from e
+    return actor
+
+
+def play(env, actor: Actor, seed: int, budget: int) -> list[np.ndarray]:
+    """Frames (height,width,3) uint8 of one greedy episode in slot 0, evenly spaced.
+
+    There are at most `budget`, and the last one shows the episode's end. The length is not known
+    beforehand: whenever there are too many frames, every other one is dropped, and from then on
+    half as many are taken.
+    """
+    stride = max(1, env.spec.episode_limit // (4 * budget))  # rendering a robot is slow
+    frames, step, steps = [], env.reset(seed), 0
+    bar = tqdm(
+        total=env.spec.episode_limit, desc=f"playing {env.spec.env_id}", unit="step",
+        mininterval=0.2 if sys.stderr.isatty() else 20,
+    )  # fmt: skip
+    with bar:
+        while not step.done[0]:
+            if steps % stride == 0:
+                frames.append(env.render())
+            if len(frames) == budget - 1:  # one is kept for the end
+                frames, stride = frames[::2], 2 * stride
+            avail = None if step.avail is None else torch.tensor(step.avail)
+            actions = actor.greedy(torch.tensor(step.obs), avail)
+            step, steps = env.step(actions.numpy()), steps + 1
+            bar.update()
+    return [*frames, env.render()]
+
+
+def gif(frames: list[np.ndarray]) -> bytes:
+    """An endlessly repeated GIF of frames (height,width,3) uint8: small, with few colours."""
+    height = round(WIDTH * frames[0].shape[0] / frames[0].shape[1])
+    small = [Image.fromarray(f).resize((WIDTH, height), Image.Resampling.LANCZOS) for f in frames]
+    some = small[:: -(-len(small) // 8)]  # at most eight frames, one below the other, ...
+    sample = Image.new("RGB", (WIDTH, height * len(some)))
+    for k, image in enumerate(some):
+        sample.paste(image, (0, k * height))
+    palette = sample.quantize(COLOURS)  # ... decide the palette
+    flat = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in small]
+    memory = io.BytesIO()
+    flat[0].save(
+        memory, "GIF", save_all=True, append_images=flat[1:], duration=MILLISECONDS, loop=0
+    )
+    return memory.getvalue()

@@ -1,0 +1,149 @@
+"""The GIF of a run's policy: its frames, its size, and the errors where there is none to show."""
+
+import io
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import envs
+from experiment import __main__ as command
+from experiment import watch
+from macql import Actor
+
+
+def save_run(folder, env_id: str, obs_dim: int | None = None, backend: str = "smax", actions=None):
+    """A run's folder with the checkpoint of an untrained policy; returns that policy."""
+    spec = envs.make(env_id).spec
+    torch.manual_seed(1)
+    shape = (spec.num_agents, obs_dim or spec.obs_dim)
+    mean, std = torch.zeros(shape), torch.ones(shape)
+    actor = Actor(mean, std, actions or spec.action_dim, 8, spec.discrete, False)
+    args = {"env_id": env_id, "backend": "auto", "hidden": 8, "shared_actor": False}
+    learner = {"actor": {}, "ema_actor": actor.state_dict()}
+    rng = torch.Generator().get_state()
+    stored = {"args": args, "backend": backend, "learner": learner, "rng": rng}
+    torch.save(stored, folder / "checkpoint.pt")
+    return actor
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+class Film:
+    """An environment of one episode of `length` steps, whose n-th frame has brightness n."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.spec = types.SimpleNamespace(env_id="film", episode_limit=40)
+
+    def reset(self, seed):
+        self.now = 0
+        return self.step(None, 0)
+
+    def step(self, actions, count=1):
+        self.now += count
+        done = np.array([self.now == self.length])
+        return types.SimpleNamespace(done=done, obs=np.zeros((1, 1, 1)), avail=None)
+
+    def render(self):
+        return np.full((4, 4, 3), self.now, np.uint8)
+
+
+@pytest.mark.parametrize("length, stride", [(5, 1), (8, 1), (20, 4), (200, 32)])
+def test_long_episodes_are_thinned_and_keep_their_end(length, stride):
+    actor = types.SimpleNamespace(greedy=lambda obs, avail: torch.zeros(1, 1, 1))
+    frames = watch.play(Film(length), actor, seed=0, budget=10)
+    shown = [int(f[0, 0, 0]) for f in frames]
+    assert len(frames) <= 10 and shown[0] == 0 and shown[-1] == length
+    assert shown[:-1] == list(range(0, length, stride))
+
+
+def test_a_gif_keeps_order_shape_and_colours():
+    frames = np.zeros((12, 60, 120, 3), np.uint8)
+    for k in range(12):
+        frames[k, :, 10 * k : 10 * k + 10] = (250, 40, 10)
+    image = opened(watch.gif(list(frames)))
+    assert image.n_frames == 12 and image.size == (watch.WIDTH, watch.WIDTH // 2)
+    for k in range(12):
+        image.seek(k)
+        shown = np.asarray(image.convert("RGB")).astype(int)
+        assert abs(shown[80, int((10 * k + 5) * watch.WIDTH / 120)] - [250, 40, 10]).max() < 30
+    noise = np.random.default_rng(0).integers(0, 255, (20, 40, 40, 3), np.uint8)
+    assert opened(watch.gif(list(noise))).n_frames == 20
+
+
+def test_a_smax_episode_becomes_a_small_moving_gif(tmp_path, capfd):
+    save_run(tmp_path, "3m")
+    command.cli(["watch", str(tmp_path), "--episodes", "1"])
+    data = (tmp_path / "watch.gif").read_bytes()
+    image = opened(data)
+    assert image.format == "GIF" and image.is_animated and 1 < image.n_frames <= watch.MOST_FRAMES
+    assert image.size == (watch.WIDTH, watch.WIDTH) and len(data) < 400 * 1024
+    assert f"wrote {tmp_path / 'watch.gif'}" in capfd.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "watch.gif"]
+
+
+def test_a_robot_episode_becomes_a_small_moving_gif(tmp_path):
+    pytest.importorskip("gymnasium_robotics", reason="needs gymnasium-robotics (README)")
+    save_run(tmp_path, "Hopper-3x1", backend="mamujoco")
+    out = tmp_path / "new" / "hopper.gif"
+    try:
+        assert watch.watch(tmp_path, episodes=2, out=out) == out
+    except OSError as e:
+        assert not out.exists()
+        pytest.skip(str(e))
+    image = opened(out.read_bytes())
+    assert image.n_frames > 4 and image.size == (watch.WIDTH, watch.WIDTH)
+    assert out.stat().st_size < 400 * 1024
+
+
+def test_the_policy_is_the_checkpoint_s_ema_actor(tmp_path):
+    saved = save_run(tmp_path, "3m")
+    stored = watch.read_checkpoint(tmp_path)
+    assert (stored["args"]["env_id"], stored["backend"]) == ("3m", "smax")
+    actor = watch.make_actor(tmp_path, stored, envs.make("3m").spec)
+    obs, avail = torch.randn(4, *saved.standardise.mean.shape), torch.ones(4, 3, 8)
+    assert torch.equal(actor.greedy(obs, avail), saved.greedy(obs, avail))
+
+
+def test_the_checkpoint_s_backend_is_played(tmp_path, monkeypatch):
+    save_run(tmp_path, "3m", backend="smac")
+
+    def make(env_id, num_envs, backend, render):
+        raise ImportError(f"{env_id} {num_envs} {backend} {render}")
+
+    monkeypatch.setattr(envs, "make", make)
+    with pytest.raises(ImportError, match="3m 1 smac True"):
+        watch.watch(tmp_path)
+
+
+def test_what_cannot_be_watched_is_told_in_one_sentence(tmp_path):
+    def told(**options) -> str:
+        with pytest.raises((ValueError, OSError)) as error:
+            watch.watch(tmp_path, **options)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "is not a run" in told() and "--episodes is 0" in told(episodes=0)
+    (tmp_path / "metrics.csv").touch()
+    assert "has no checkpoint yet" in told()
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    assert "is not a checkpoint of this program" in told()
+    torch.save({"weights": 1}, tmp_path / "checkpoint.pt")
+    assert "is not a checkpoint of this program" in told()
+    save_run(tmp_path, "3m", obs_dim=30)
+    assert "(agents, observation size) (3, 30), but 3m on smax has (3, 75)" in told()
+    save_run(tmp_path, "3m", actions=5)
+    assert "is not a macql.Actor for 3m on smax" in told()
+    save_run(tmp_path, "3m", backend="offline")
+    assert "without a simulator" in told()
+    assert not (tmp_path / "watch.gif").exists()
+
+
+def test_the_command_ends_with_the_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="python -m experiment: .* is not a run: give the folder"):
+        command.cli(["watch", str(tmp_path / "nothing")])
