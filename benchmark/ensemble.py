@@ -1,8 +1,8 @@
-"""What LOGO's model is timed against: an ensemble that predicts all agents' observations at once.
+"""The dynamics model that LOGO's is timed against: an ensemble that predicts joint observations.
 
-It is what the paper's Table 5 compares with, seven probabilistic networks. `load_kit` takes it as
-OfflineRL-Kit publishes it; `Ensemble` is the same computation written as LOGO is, in tensors,
-without numpy, and with all members in one batched product or one after the other.
+The paper's Table 5 compares with seven probabilistic networks. `load_kit` takes them as
+OfflineRL-Kit publishes them. `Ensemble` is the same computation in tensors, as LOGO is written,
+without numpy, with all members in one batched product or one after the other.
 
 Sizes: B rows side by side, M members.
 """
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import MagicMock
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -54,14 +54,17 @@ class Ensemble(nn.Module):
 
     @staticmethod
     def network(product: Callable, x: torch.Tensor, layers: list) -> torch.Tensor:
+        """All layers, with `product` torch.addmm of one member or torch.baddbmm of all."""
         for w, b in layers[:-1]:
             x = F.silu(product(b, x, w), inplace=True)
         return product(layers[-1][1], x, layers[-1][0])
 
     @torch.no_grad()
     def step(self, obs: torch.Tensor, actions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One imagined step: every row is drawn from one of the elites, the most doubtful member
-        says how much reward is lost."""
+        """One imagined step (B,...), sampled from a random elite member per row.
+
+        The penalty on the reward is the largest standard deviation among all members.
+        """
         mean, log_var = self(torch.cat([obs, actions], -1))  # (M,B,obs+1)
         std = torch.exp(0.5 * log_var)
         penalty = std.norm(dim=-1).amax(0)  # (B,)
@@ -77,7 +80,7 @@ class Ensemble(nn.Module):
         }
 
     def rollout(self, obs: torch.Tensor, actions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """H steps, each from what the one before it predicted; the last one's outcome."""
+        """H steps from obs (B,obs) with actions (H,B,actions); returns the last step's outcome."""
         for chosen in actions:
             out = self.step(obs, chosen)
             obs = out["next_obs"]
@@ -91,17 +94,20 @@ def load_kit(checkout: Path) -> tuple[Callable, str]:
         ImportError: there is no checkout.
     """
     if not (checkout / "offlinerlkit").is_dir():
-        raise ImportError(f"--offlinerl-kit {checkout}: no checkout; --help says how to get one.")
-    try:
-        import gym.envs.mujoco  # noqa: F401
-    except ImportError:  # its package imports it, for what is not used here
-        sys.modules |= {name: MagicMock() for name in ("gym", "gym.envs", "gym.envs.mujoco")}
+        raise ImportError(
+            f"--offlinerl-kit {checkout}: no checkout of OfflineRL-Kit; docs/speed.md says how to "
+            "get one."
+        )
+    # the package imports this module, which needs gym and mujoco_py, and is not used here
+    oracle = ModuleType("offlinerlkit.dynamics.mujoco_oracle_dynamics")
+    oracle.MujocoOracleDynamics = None
+    sys.modules.setdefault(oracle.__name__, oracle)
     sys.path.insert(0, str(checkout))
     from offlinerlkit.dynamics import EnsembleDynamics
     from offlinerlkit.modules import EnsembleDynamicsModel
     from offlinerlkit.utils.scaler import StandardScaler
 
-    def never_over(obs: np.ndarray, *_) -> np.ndarray:
+    def never_done(obs: np.ndarray, *_) -> np.ndarray:
         return np.zeros((len(obs), 1), bool)
 
     def make(obs: int, actions: int, hidden: int, device: torch.device):
@@ -110,7 +116,7 @@ def load_kit(checkout: Path) -> tuple[Callable, str]:
             obs, actions, [hidden] * 4, weight_decays=decays, device=device
         )
         scaler = StandardScaler(*np.float32([[[0]], [[1]]]))
-        return EnsembleDynamics(model, None, scaler, never_over, penalty_coef=1.0)
+        return EnsembleDynamics(model, None, scaler, never_done, penalty_coef=1.0)
 
     command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,23 +1,16 @@
-"""Grids of runs, and how fast they are.
+"""A grid of runs of train.py: tasks x qualities of the data x methods x seeds.
 
-  python benchmark.py grid                  five maps x four qualities x {LOGO, MACQL} x 5 seeds
-  python benchmark.py grid --flags="--compile --cudagraphs" --jobs 4        the same on a GPU
-  python benchmark.py speed                 updates, rollouts and rivals, timed (speed.py): a CPU
-  python benchmark.py speed --device cuda --compiled    a GPU, in every mode that it has
-  python benchmark.py speed --offlinerl-kit ../OfflineRL-Kit  against public code, too, after
-      git clone https://github.com/yihaosun1124/OfflineRL-Kit ../OfflineRL-Kit
-  python benchmark.py table                 what `speed` measured, as tables in Markdown
-
-A cell of the grid is one call of train.py with --num-seeds. The grid goes on where it stopped:
-cells that are finished are not run again, one that was interrupted is resumed.
+Every run is one process. A grid goes on where it stopped: finished runs are not repeated, an
+interrupted one is resumed from its checkpoint. Each finished run becomes a row of the results.
 """
 
+import dataclasses
 import json
 import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -25,103 +18,146 @@ from typing import Literal, NamedTuple, get_args
 import tyro
 from tqdm import tqdm
 
-import report
 import train
-from checkpoint import plain
-from collect import Quality
+from behaviour import Quality
+from benchmark.rows import ROOT, RUNS, Result, machine, read, record, result
 from envs import PAPER_SMAC
-from prepare import check
-from speed import speed, table
+from experiment.setup import check_args
+from experiment.tracking import MAY_DIFFER, plain
 
-METHODS = {"logo": [], "macql": ["--synthetic-fraction", "0"]}
-OURS = "--env-id --quality --seed --num-seeds --synthetic-fraction --out --resume".split()
+METHODS = {  # name -> flags of train.py
+    "logo": [],
+    "macql": ["--synthetic-fraction", "0"],
+}
+GIVEN = ["--env-id", "--quality", "--seed", "--out", "--resume"]  # by the grid, to every run
+# flags that have a column of their own, or that do not change what is computed
+NOT_IN_VARIANT = (*MAY_DIFFER, "env_id", "quality", "dataset", "backend", "seed", "paper")
 
 
-class Cell(NamedTuple):
+class Run(NamedTuple):
     """One call of train.py."""
 
+    method: str
+    variant: str  # flags that differ from the method's defaults
+    quality: str  # of the data; with --dataset: the file's name
     folder: Path
-    flags: list[str]
-    args: dict  # what the flags mean
-    seeds: list[Path]  # the folders of its runs
+    flags: list[str]  # all but --out and --resume
+    args: train.Args  # what the flags mean
 
 
-def cells(env_ids, qualities, methods, num_seeds: int, flags: str, out: Path) -> list[Cell]:
-    every, more = [], shlex.split(flags)
-    if taken := [flag for flag in more if flag.replace("_", "-").partition("=")[0] in OURS]:
-        raise ValueError(f"--flags: {' '.join(taken)} is for the grid itself to give.")
-    for env_id, quality, method in product(env_ids, qualities, methods):
-        folder = out / f"{env_id}-{quality}-{method}"
-        chosen = ["--env-id", env_id, "--quality", quality, "--num-seeds", str(num_seeds)]
-        chosen += [*METHODS[method], *more, "--out", str(folder)]
-        args = tyro.cli(train.Args, args=chosen, default=train.defaults(env_id))
-        check(args)
-        seeds = [folder / f"seed{k + 1}" for k in range(num_seeds)] if num_seeds > 1 else [folder]
-        every.append(Cell(folder, chosen, plain(args), seeds))
-    return every
+def parse(flags: list[str]) -> train.Args:
+    """The arguments that train.py makes of these flags."""
+    env_id = flags[flags.index("--env-id") + 1]
+    default = train.defaults(env_id, "--paper" in flags)
+    return tyro.cli(train.Args, prog="train.py", args=flags, default=default)
 
 
-def play(cell: Cell) -> str | None:
-    """Run a cell to its end; what went wrong, if anything did."""
-    finished = [file for seed in cell.seeds if (file := seed / "final.json").exists()]
-    for file in finished:
-        theirs = json.loads(file.read_text())["args"] | {"seed": 1, "resume": False}
-        differ = [k for k, v in cell.args.items() if theirs.get(k) != v]
-        if told := ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ):
-            return f"{file} is of a run with {told}: give another --out"
-    if len(finished) == len(cell.seeds):
-        return None
-    begun = all((seed / "checkpoint.pt").exists() for seed in cell.seeds)
-    command = [sys.executable, "train.py", *cell.flags, *(["--resume"] if begun else [])]
-    log = cell.folder.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        done = subprocess.run(command, stdout=file, stderr=file, cwd=Path(__file__).parent)
-    if done.returncode:
-        last = log.read_text().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        return f"{shlex.join(command)}: {last[0]} (see {log})"
+def variant(args: train.Args, usual: train.Args) -> str:
+    """The flags by which a run differs from the usual one of its method, always spelled alike."""
+    flags = ["--paper"] if args.paper else []
+    for name, value in dataclasses.asdict(args).items():
+        if name not in NOT_IN_VARIANT and value != getattr(usual, name):
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                flags.append(f"--{flag} {value}")
+    return " ".join(flags)
+
+
+def plan(env_ids, qualities, methods, seeds, flags: str, out: Path) -> list[Run]:
+    """The runs of a grid, in the order in which they start; nothing is trained yet.
+
+    Raises:
+        ValueError: flags that cannot work or that are the grid's own to give.
+    """
+    more, taken = shlex.split(flags), GIVEN + [f for m in methods for f in METHODS[m]]
+    for flag in more:
+        if flag.startswith("--") and flag.replace("_", "-").partition("=")[0] in taken:
+            raise ValueError(f"--flags: {flag} is the grid's own to give.")
+    runs = []
+    axes = map(dict.fromkeys, (seeds, env_ids, qualities, methods))  # each value once
+    for seed, env_id, quality, method in product(*axes):
+        given = ["--env-id", env_id, "--quality", quality, "--seed", str(seed), *METHODS[method]]
+        args = parse([*given, *more])
+        check_args(dataclasses.replace(args, out=out))
+        source = args.dataset.stem if args.dataset else quality
+        folder = out / f"{env_id}-{source}-{method}-seed{seed}"
+        usual = parse([*given, *(["--paper"] if args.paper else [])])
+        runs.append(Run(method, variant(args, usual), source, folder, [*given, *more], args))
+    if len({run.folder for run in runs}) < len(runs):
+        raise ValueError("--flags: --dataset is one file: give one of --qualities.")
+    return runs
+
+
+def finish(run: Run, results: Path) -> str | None:
+    """Train one run to its end and record its row; returns what went wrong, if anything did."""
+    file = run.folder / "final.json"
+    if not (finished := file.exists()):
+        log = run.folder.with_name(run.folder.name + ".log")
+        command = [sys.executable, str(ROOT / "train.py"), *run.flags, "--out", str(run.folder)]
+        if (run.folder / "checkpoint.pt").exists():
+            command.append("--resume")
+        with log.open("w") as text:
+            status = subprocess.run(command, stdout=text, stderr=text).returncode
+        if status:
+            last = log.read_text().splitlines()[-1:] or [f"exit status {status}"]
+            return f"{run.folder.name}: {last[0]} (see {log})"
+    try:
+        final = json.loads(file.read_text())
+        theirs, mine = final["args"], plain(run.args)
+        differ = [k for k in mine if k not in MAY_DIFFER and theirs.get(k) != mine[k]]
+        if differ:
+            told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ)
+            return f"{file} is of a run with {told}: give the same --flags, or another --out"
+        command = shlex.join(["python", "train.py", *run.flags])
+        where = machine(final["device"].split()[0])
+        row = result(final, run.method, run.variant, run.quality, where, command)
+    except (ValueError, KeyError, TypeError) as e:
+        return f"{file} is not of a finished run ({e!r}): delete its folder"
+    recorded = read(results, Result) if finished and results.exists() else []
+    if (row.key, row.commit) not in [(old.key, old.commit) for old in recorded]:
+        record(results, row)
+    return None
 
 
 def grid(
     env_ids: tuple[str, ...] = PAPER_SMAC,
     qualities: tuple[Quality, ...] = get_args(Quality),
-    methods: tuple[Literal["logo", "macql"], ...] = tuple(METHODS),
-    num_seeds: int = 5,
+    methods: tuple[Literal[*METHODS], ...] = tuple(METHODS),
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
     jobs: int = 1,
     flags: str = "",
     out: Path = Path("runs/grid"),
+    results: Path = RUNS,
 ) -> None:
-    """Train every cell and print the table over seeds.
+    """Train every run that is not finished yet, and record each in the file of results.
 
     Args:
-        env_ids: tasks.
-        qualities: of the data.
-        methods: logo, macql.
-        num_seeds: seeds 1 .. K of a cell, trained at once.
-        jobs: cells at once, each a process: one a core, or as many as keep a GPU busy.
-        flags: more of train.py's, for every cell.
-        out: folder of the runs.
+        env_ids: tasks
+        qualities: of the recorded data
+        methods: names of METHODS in grid.py
+        seeds: of networks, batches and rollouts
+        jobs: runs at the same time, each a process: one per core, or as many as fill a GPU
+        flags: more flags of train.py for every run, e.g. --flags="--threads 1"
+        out: folder of the runs and of their logs
+        results: file that receives a row per run, in place of an older row of the same run
     """
-    if jobs < 1 or num_seeds < 1:
-        raise ValueError(f"--jobs {jobs}, --num-seeds {num_seeds}: give 1 or more.")
-    started = time.time()
-    every = cells(env_ids, qualities, methods, num_seeds, flags, out.absolute())
-    with ThreadPoolExecutor(jobs) as pool:
-        failures = [e for e in tqdm(pool.map(play, every), total=len(every), unit="cell") if e]
-    finished = [s for cell in every for s in cell.seeds if (s / "final.json").exists()]
-    print(report.compare(finished))
-    print(f"\n{len(every)} cells, {time.time() - started:.0f} s")
-    if failures:
-        raise ValueError("; ".join(failures))
-
-
-def cli(argv: list[str] | None = None) -> None:
-    commands = {"speed": speed, "table": table, "grid": grid}
+    if jobs < 1:
+        raise ValueError(f"--jobs {jobs}: give 1 or more.")
+    if results.exists():
+        read(results, Result)  # refuse another file before hours of work
+    runs, started = plan(env_ids, qualities, methods, seeds, flags, out), time.time()
+    pool, failures = ThreadPoolExecutor(jobs), []
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, args=argv)
-    except (ValueError, OSError, ImportError) as e:
-        sys.exit(f"benchmark.py: {e}")
-
-
-if __name__ == "__main__":
-    cli()
+        tasks = [pool.submit(finish, run, results) for run in runs]
+        for task in tqdm(as_completed(tasks), total=len(tasks), unit="run"):
+            if failure := task.result():
+                failures.append(failure)
+                tqdm.write(failure)
+    finally:  # after Ctrl-C, runs that have not begun do not begin
+        pool.shutdown(cancel_futures=True)
+    print(f"{len(runs) - len(failures)} of {len(runs)} runs are in {results}, "
+          f"{time.time() - started:.0f} s; python -m benchmark tables")  # fmt: skip
+    if failures:
+        raise ValueError(f"{len(failures)} runs failed, the first one: {failures[0]}")

@@ -133,15 +133,14 @@ def one_step_errors(model, data: OfflineDataset) -> dict[str, float]:
         "persistence_obs_mse": error("obs", batch.obs, batch.next_obs),
         "persistence_state_mse": error("state", batch.state, batch.next_state),
     }
-    uncertainty, true_error = uncertainty_and_error(model, data)
-    if uncertainty is not None:
-        measures["u_error_spearman"] = rank_correlation(uncertainty, true_error)
     if isinstance(model, LogoWM):
         measures |= {
             "direct_state_mse": error("state", out["direct_state"], batch.next_state),
             "direct_reward_mse": error("reward", out["direct_reward"], batch.reward),
             "deducibility_r2": deducibility(model, data),
         }
+    if "uncertainty" in out:
+        measures["u_error_spearman"] = rank_correlation(*uncertainty_and_error(model, data))
     return measures
 
 
@@ -250,7 +249,8 @@ def offline_measures(
     """What held-out rows tell about a policy without a simulator, beside the cloned policy.
 
     Args:
-        learner: with `ema_actor`, and with `critic` (None: no values are reported).
+        learner: with `ema_actor`. If it has a `critic` that is not None, called as critic(obs,
+            state, actions), its values are reported.
         gamma: discount per step.
     Returns:
         action_agreement, clone_agreement: share of the agents' greedy actions that equal the
@@ -270,10 +270,10 @@ def offline_measures(
         else:
             distance = (taken - batch.actions).square().sum(-1)  # (B,N)
             measures[f"{name}_mse"] = distance.mean().item()
-    if learner.critic is not None:
+    if (critic := getattr(learner, "critic", None)) is not None:
         pi = learner.ema_actor(batch.obs, batch.avail)
         for name, actions in (("policy", pi), ("data", batch.actions)):
-            value = learner.critic(batch.obs, batch.state, actions)
+            value = critic(batch.obs, batch.state, actions)
             measures[f"value_{name}"] = value.mean().item()
     return measures | {"return_to_go": returns_to_go(data, gamma)[data.held_out].mean().item()}
 

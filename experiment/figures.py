@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import datasets
@@ -30,13 +31,7 @@ def draw(
     if panels > 1:
         draw_rollout_errors(axes[1], final["world_model"]["rollout"])
     if panels > 2:
-        uncertainty, error = (x.cpu() for x in scatter)
-        axes[2].scatter(uncertainty, error, s=3, alpha=0.3, edgecolors="none")
-        correlation = final["world_model"]["u_error_spearman"]
-        axes[2].set(
-            xlabel="uncertainty u", ylabel="true error of s'", xscale="log", yscale="log",
-            title=f"rank correlation {correlation:.2f}",
-        )  # fmt: skip
+        draw_uncertainty(axes[2], *scatter, final["world_model"]["u_error_spearman"])
     memory = io.BytesIO()
     figure.savefig(memory, dpi=110)
     datasets.write_atomic(folder / "run.png", memory.getvalue())
@@ -62,7 +57,25 @@ def draw_rollout_errors(ax, errors: dict[str, list[float]]) -> None:
     ax.plot(steps, errors["state"], marker="o", label="world model")
     ax.plot(steps, errors["persistence"], color="grey", label="nothing changes")
     ax.set(
-        xlabel="imagined steps", ylabel="state error (standardised MSE)", yscale="log",
-        title="along recorded actions, held out",
+        xlabel="imagined steps", ylabel="state error (standardised MSE)",
+        title="along recorded actions, held out", yscale=scale(errors["state"]),
     )  # fmt: skip
     ax.legend()
+
+
+def draw_uncertainty(ax, uncertainty: torch.Tensor, error: torch.Tensor, spearman: float) -> None:
+    """Uncertainty against true error, a point for each held-out row."""
+    uncertainty, error = uncertainty.cpu().numpy(), error.cpu().numpy()
+    finite = np.isfinite(uncertainty) & np.isfinite(error)
+    x, y = uncertainty[finite], error[finite]
+    ax.scatter(x, y, s=3, alpha=0.3, edgecolors="none")
+    ax.set(
+        xlabel="uncertainty u", ylabel="true error of s'", xscale=scale(x), yscale=scale(y),
+        title=f"rank correlation {spearman:.2f}",
+    )  # fmt: skip
+
+
+def scale(values) -> str:
+    """Logarithmic where it can be: a log axis without any positive finite value is an error."""
+    values = np.asarray(values, float)
+    return "log" if (np.isfinite(values) & (values > 0)).any() else "linear"

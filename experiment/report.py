@@ -25,7 +25,7 @@ from experiment.diagnostics import (
     uncertainty_and_error,
 )
 from experiment.figures import draw
-from experiment.setup import commit, method
+from experiment.setup import commit
 from experiment.tracking import plain
 
 FINAL_EVALUATIONS = 5  # the last ones are pooled to the final score, because single ones vary
@@ -39,7 +39,7 @@ def finish(run, data, env, learner, bc_actor, world_model) -> dict:
         run: `tracking.Run`.
         data: `OfflineDataset`.
         env: simulator of the task; None: no episode is played, eval and clone are null.
-        learner: with `ema_actor` and `critic` (which may be None).
+        learner: with `ema_actor`, and a `critic` if it has one.
         bc_actor: the cloned policy; evaluated with as many episodes as the final score has.
         world_model: see diagnostics.py; None: a run without one.
     Returns:
@@ -49,10 +49,9 @@ def finish(run, data, env, learner, bc_actor, world_model) -> dict:
     """
     score, clone = pooled(run.evaluations[-FINAL_EVALUATIONS:]), None
     if score:
-        started = time.time()
         seed = 10**6 * (run.args.seed + 1) - 10**5
-        clone = envs.evaluate(env, bc_actor.greedy, score["episodes"], seed, run.device)
-        run.seconds["eval"] += time.time() - started
+        with run.timed("eval"):
+            clone = envs.evaluate(env, bc_actor.greedy, score["episodes"], seed, run.device)
     model_errors = rollout = scatter = None
     if world_model is not None:
         horizon = run.args.horizon
@@ -86,7 +85,7 @@ def about(run) -> dict:
     versions = {name: installed(name) for name in PACKAGES}
     return {
         "args": plain(run.args),
-        "method": method(run.args),
+        "method": run.method,
         "commit": commit(),
         "versions": versions | {"python": platform.python_version()},
         "device": device,

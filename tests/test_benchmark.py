@@ -7,14 +7,14 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
-import torch
-
-import benchmark
 import rivals
 import speed
+import torch
 from rivals import Ensemble
 from speed import slope
 from timing import Clock, Entry, Row, count_flop, read, write
+
+import benchmark
 
 
 def test_flop_of_a_known_layer_forwards_and_backwards():

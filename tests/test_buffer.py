@@ -66,7 +66,7 @@ def test_continuous_data_have_no_mask():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("holdout", [0.05, 0.3])
-def test_the_split_is_by_episode_and_covers_every_transition_once(holdout, seed):
+def test_split_covers_every_transition_once(holdout, seed):
     data = make_dataset(holdout=holdout, seed=seed)
     train, held_out = data.train.tolist(), data.held_out.tolist()
     starts = set(range(len(data.obs))) - last_rows(LENGTHS)
@@ -77,7 +77,7 @@ def test_the_split_is_by_episode_and_covers_every_transition_once(holdout, seed)
     assert len(parts[1]) == max(1, round(holdout * len(LENGTHS)))
 
 
-def test_at_least_one_episode_is_held_out_and_the_seed_chooses_which():
+def test_seed_chooses_which_episodes_are_held_out():
     choices = [make_dataset(holdout=0.0, seed=k).held_out.tolist() for k in (3, 3, 4, 5, 6)]
     assert all(choices) and choices[0] == choices[1]
     assert any(c != choices[0] for c in choices[2:])
@@ -111,7 +111,7 @@ def test_statistics_are_of_the_training_rows_alone():
     }  # fmt: skip
 
 
-def test_episode_returns_leave_out_the_reward_of_the_last_observation():
+def test_episode_returns_skip_the_final_observation():
     lengths = [2, 3]  # rows 0 1 (2), 3 4 5 (6), rewards twice the row's number
     assert make_dataset(lengths).episode_returns.tolist() == [2.0, 24.0]
 
@@ -139,32 +139,41 @@ def make_rollout(c: int, generator, avail=True) -> dict[str, torch.Tensor]:
         "actions": number[:-1, :, None, None].expand(-1, -1, N, A),
         "reward": number[:-1] * 2,
         "terminated": number[:-1] * 3,
-        "u": torch.rand(HORIZON, ROLLOUTS, generator=generator) * 3,
-        "filled": (torch.rand(HORIZON, ROLLOUTS, generator=generator) < 0.7).float(),
+        "uncertainty": torch.rand(HORIZON, ROLLOUTS, generator=generator) * 3,
+        "valid": (torch.rand(HORIZON, ROLLOUTS, generator=generator) < 0.7).float(),
     }
+
+
+def make_buffer(cap: float = 2.0, **options) -> SyntheticBuffer:
+    options = {"u_scale": 1.0} | options
+    return SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu", cap=cap, **options)
 
 
 def fill(collections: int, cap: float, weighted: bool = True):
     """A buffer after so many collections, and its rows' weights by Eq. (7): {number: w}."""
-    g = torch.Generator().manual_seed(5)
-    buffer, kept = SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu"), {}
+    g, kept = torch.Generator().manual_seed(5), {}
+    buffer = make_buffer(cap, weighted=weighted)
     for c in range(collections):
         rollout = make_rollout(c, g)
-        buffer.add(rollout, cap, weighted)
+        buffer.add(rollout)
         if c < collections - RETAIN:
             continue  # overwritten in the end
         for h in range(HORIZON):
             for m in range(ROLLOUTS):
-                p_u = min(max(cap - rollout["u"][h, m].item(), 0.0), cap) if weighted else 0.0
+                p_u = (
+                    min(max(cap - rollout["uncertainty"][h, m].item(), 0.0), cap)
+                    if weighted
+                    else 0.0
+                )
                 number = c * PER_COLLECTION + h * ROLLOUTS + m
-                kept[number] = math.exp(p_u) if rollout["filled"][h, m] else 0.0
+                kept[number] = math.exp(p_u) if rollout["valid"][h, m] else 0.0
     total = sum(kept.values())
     return buffer, {number: w / total for number, w in kept.items()}
 
 
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("collections", [1, 2, 3, 5])
-def test_rows_are_drawn_as_eq_7_says_through_the_wrap_around(collections, weighted):
+def test_rows_are_sampled_as_eq_7_says(collections, weighted):
     buffer, expected = fill(collections, cap=2.0, weighted=weighted)
     draws = 40_000
     batch = buffer.sample(draws, torch.Generator().manual_seed(0))
@@ -178,7 +187,7 @@ def test_rows_are_drawn_as_eq_7_says_through_the_wrap_around(collections, weight
     assert scipy.stats.chisquare(counts[list(valid)].double(), frequencies).pvalue > 1e-3
 
 
-def test_the_successor_of_a_drawn_row_is_the_next_step_of_the_same_rollout():
+def test_successor_is_next_step_of_same_rollout():
     buffer, _ = fill(5, cap=2.0)
     batch = buffer.sample(2000, torch.Generator().manual_seed(0))
     now = batch.state[:, 0]
@@ -191,7 +200,7 @@ def test_the_successor_of_a_drawn_row_is_the_next_step_of_the_same_rollout():
 
 
 @pytest.mark.parametrize("cap", [0.0, 0.5, 2.0, 50.0])
-def test_the_confidence_stays_between_zero_and_the_cap(cap):
+def test_p_u_stays_between_zero_and_the_cap(cap):
     buffer, expected = fill(2, cap)
     valid = buffer.p_u[buffer.p_u > -torch.inf]
     assert valid.min() >= 0 and valid.max() <= cap
@@ -202,25 +211,27 @@ def test_the_confidence_stays_between_zero_and_the_cap(cap):
     assert drawn.max() / drawn.min() == pytest.approx(max(weights) / min(weights), rel=1e-4)
 
 
-def test_an_uncertainty_far_above_the_cap_keeps_the_least_weight_and_zero_has_the_most():
-    buffer, rollout = SyntheticBuffer(1, 1, 3, N, O, S, A, "cpu"), {}
+def test_weights_at_zero_and_far_above_the_cap():
+    buffer, rollout = SyntheticBuffer(1, 1, 3, N, O, S, A, "cpu", cap=2.0), {}
     for name, shape in {"obs": (N, O), "state": (S,), "avail": (N, A), "actions": (N, A)}.items():
         rollout[name] = torch.zeros(1 if name == "actions" else 2, 3, *shape)
     rollout |= {k: torch.zeros(1, 3) for k in ("reward", "terminated")}
-    buffer.add(rollout | {"u": torch.tensor([[0.0, 1e9, 2.0]]), "filled": torch.ones(1, 3)}, 2.0)
+    buffer.add(
+        rollout | {"uncertainty": torch.tensor([[0.0, 1e9, 2.0]]), "valid": torch.ones(1, 3)}
+    )
     total = math.exp(2) + 2
     w = buffer.cdf.diff(prepend=torch.zeros(1, dtype=torch.float64))
     assert w.tolist() == pytest.approx([math.exp(2) / total, 1 / total, 1 / total], rel=1e-6)
 
 
 @pytest.mark.parametrize("point,drawn", [(0.0, 1), (1 - 2.0**-53, 10)])
-def test_not_even_the_outermost_draws_land_on_a_row_without_weight(monkeypatch, point, drawn):
+def test_rows_without_weight_are_never_sampled(monkeypatch, point, drawn):
     g = torch.Generator().manual_seed(0)
-    buffer = SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu")
+    buffer = make_buffer()
     rollout = make_rollout(0, g)
-    rollout["filled"] = torch.ones(HORIZON, ROLLOUTS)
-    rollout["filled"][0, 0] = rollout["filled"][-1, -1] = 0  # the first and the last row
-    buffer.add(rollout, cap=2.0)
+    rollout["valid"] = torch.ones(HORIZON, ROLLOUTS)
+    rollout["valid"][0, 0] = rollout["valid"][-1, -1] = 0  # the first and the last row
+    buffer.add(rollout)
     monkeypatch.setattr(
         torch, "rand", lambda size, dtype, **kwargs: torch.full((size,), point, dtype=dtype)
     )
@@ -228,24 +239,48 @@ def test_not_even_the_outermost_draws_land_on_a_row_without_weight(monkeypatch, 
 
 
 def test_continuous_rollouts_are_stored_without_a_mask():
-    buffer = SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu", discrete=False)
+    buffer = make_buffer(discrete=False)
     g = torch.Generator().manual_seed(0)
-    buffer.add(make_rollout(0, g, avail=False), cap=1.0)
+    buffer.add(make_rollout(0, g, avail=False))
     batch = buffer.sample(10, g)
     assert batch.avail is None and batch.next_avail is None
     assert torch.equal(batch.next_state, batch.state + ROLLOUTS)
 
 
-def test_a_sample_is_what_was_drawn_gathered():
-    for kind in (make_dataset(), fill(3, cap=2.0)[0]):
-        points = kind.draw(50, torch.Generator().manual_seed(1))
-        batch = kind.sample(50, torch.Generator().manual_seed(1))
-        for a, b in zip(kind.gather(points), batch, strict=True):
-            assert len(a) == 50 and torch.equal(a, b)
+def test_u_scale_is_the_unit_of_u_in_p_u():
+    rollout = make_rollout(0, torch.Generator().manual_seed(0))
+    coarse, fine = make_buffer(u_scale=1.0), make_buffer(u_scale=0.2)
+    coarse.add(rollout | {"uncertainty": rollout["uncertainty"] * 5})
+    fine.add(rollout)
+    assert torch.allclose(coarse.p_u, fine.p_u)
 
 
-def test_a_buffer_nothing_was_added_to_says_so():
-    buffer = SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu")
+def test_effective_share_is_one_where_all_rows_weigh_alike():
+    buffer, expected = fill(2, cap=2.0, weighted=False)
+    assert buffer.effective_share.item() == pytest.approx(1.0)
+    buffer, expected = fill(2, cap=2.0)
+    w = [x for x in expected.values() if x > 0]
+    share = 1 / (sum(x**2 for x in w) * len(w))
+    assert buffer.effective_share.item() == pytest.approx(share, rel=1e-6)
+
+
+@pytest.mark.parametrize("collections", [0, 1, 3])
+@pytest.mark.parametrize("discrete", [True, False])
+def test_state_dict_restores_rows_and_weights(collections, discrete):
+    g = torch.Generator().manual_seed(0)
+    buffer, again = (make_buffer(discrete=discrete) for _ in range(2))
+    for c in range(collections):
+        buffer.add(make_rollout(c, g, avail=discrete))
+    again.load_state_dict(buffer.state_dict())
+    for each in (buffer, again):
+        each.add(make_rollout(collections, torch.Generator().manual_seed(9), avail=discrete))
+    batches = [x.sample(200, torch.Generator().manual_seed(1)) for x in (buffer, again)]
+    for a, b in zip(*batches, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_empty_buffer_says_so():
+    buffer = make_buffer()
     with pytest.raises(RuntimeError, match="call add before sample"):
         buffer.sample(1, torch.Generator())
 
@@ -269,26 +304,17 @@ def test_mix_puts_the_real_rows_first_and_says_which_they_are():
         assert torch.equal(getattr(both, name)[6:], b)
 
 
-def test_mix_without_synthetic_rows_is_the_real_batch():
-    real = make_dataset().sample(6, torch.Generator().manual_seed(0))
-    both, is_real = mix(real, None)
-    assert both is real and is_real.tolist() == [1.0] * 6
-
-
 def test_mix_leaves_out_the_mask_of_continuous_actions():
     g = torch.Generator().manual_seed(0)
     real = make_dataset(avail=False).sample(3, g)
-    for coin, size in ((None, 6), (torch.tensor(1.0), 3)):
-        both, is_real = mix(real, real, coin)
-        assert both.avail is None and both.next_avail is None
-        assert len(is_real) == len(both.obs) == size
+    both, is_real = mix(real, real)
+    assert both.avail is None and both.next_avail is None
+    assert len(is_real) == len(both.obs) == 6
 
 
-@pytest.mark.parametrize("coin", [0.0, 1.0])
-def test_a_coin_makes_the_whole_batch_real_or_synthetic(coin):
+@pytest.mark.parametrize("sizes", [(0, 6), (6, 0)])
+def test_mix_takes_batches_of_one_kind(sizes):
     g = torch.Generator().manual_seed(0)
-    real, synthetic = make_dataset().sample(6, g), fill(2, cap=2.0)[0].sample(6, g)
-    either, is_real = mix(real, synthetic, torch.tensor(coin))
-    assert is_real.tolist() == [1.0 - coin] * 6
-    for got, wanted, other in zip(either, *(real, synthetic)[:: -1 if coin else 1], strict=True):
-        assert torch.equal(got, wanted) and not torch.equal(got, other)
+    real, synthetic = make_dataset().sample(sizes[0], g), fill(2, cap=2.0)[0].sample(sizes[1], g)
+    both, is_real = mix(real, synthetic)
+    assert len(both.reward) == 6 and is_real.sum() == sizes[0]

@@ -10,11 +10,11 @@ import types
 
 import numpy as np
 import pytest
+import robots
 import scipy.stats
 import torch
 
 import envs
-import robots
 
 MAP, SLOTS = "3m", 8
 SIZES = {  # map: agents, observation, state, actions

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from buffer import Batch, SyntheticBuffer
 from logo_wm import LogoWM, gaussian_nll
-from macql import Actor, Critic, critic_loss, data_and_any, policy_loss, random_actions
+from macql import Actor, Critic, action_noise, critic_loss, data_and_all_values, policy_loss
 
 B, N, O, S, A, HIDDEN = 5, 3, 4, 6, 3, 7  # noqa: E741
 CLOSE = {"rel": 1e-10, "abs": 1e-10}
@@ -91,7 +91,7 @@ class NaiveWorldModel:
     """The world model as the paper writes it: one row b, one agent i at a time."""
 
     def __init__(self, model: LogoWM, statistics: dict[str, torch.Tensor], batch):
-        self.m, self.k = model, 2 if model.learn_variance else 1
+        self.m = model
         stats = {k: array(v) for k, v in statistics.items()}
 
         def standard(name, x):
@@ -102,23 +102,13 @@ class NaiveWorldModel:
         self.s, self.s_next = standard("state", batch.state), standard("state", batch.next_state)
         self.r = standard("reward", batch.reward)
 
-    def moments(self, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and log variance; the variance is 1, or lies softly within exp(-8) and exp(1)."""
-        if self.k == 1:
-            return out, np.zeros_like(out)
-        mean, v = np.split(out, 2)
-        v = 1.0 - np.log1p(np.exp(1.0 - v))
-        return mean, -8.0 + np.log1p(np.exp(v + 8.0))
-
     def encode_p(self, b: int, i: int, o=None):
         """E_p: h_s from s, h_oi from (o^i, a^i), and o_hat^i from both."""
         o = self.o if o is None else o
         h_s = np.maximum(perceptron(self.m.enc_state, self.s[b]), 0.0)
         x = np.concatenate([o[b, i], self.a[b, i]])
         h_o = np.maximum(perceptron(self.m.enc_obs, x, member=i), 0.0)
-        out = perceptron(self.m.enc_p, np.concatenate([h_s, h_o]), member=i)
-        mean, log_var = self.moments(out)
-        return o[b, i] + mean, log_var
+        return o[b, i] + perceptron(self.m.enc_p, np.concatenate([h_s, h_o]), member=i)
 
     def decode_d(self, b: int, o_hat: list[np.ndarray]) -> np.ndarray:
         """R_d: (s', r') from all o_hat^i, and from what else this reading lets it see."""
@@ -134,23 +124,19 @@ class NaiveWorldModel:
 
     def encode_ps(self, b: int):
         x = np.concatenate([self.s[b], *self.o[b], *self.a[b]])
-        mean, log_var = self.moments(perceptron(self.m.enc_ps, x))
-        mean = mean.copy()
+        mean = perceptron(self.m.enc_ps, x).copy()
         mean[:S] += self.s[b]
-        return mean, log_var
+        return mean
 
     def s_and_r(self, b: int) -> np.ndarray:
         return np.append(self.s_next[b], self.r[b])
 
 
-def minus_log_normal(x, mean, log_var) -> float:
-    """-log N(x; mean, exp log_var), less log(2 pi)/2 a dimension, which no gradient sees."""
+def minus_log_normal(x, mean) -> float:
+    """-log N(x; mean, 1), less log(2 pi)/2 per dimension, which has no gradient."""
     total = 0.0
-    for x_j, mean_j, log_var_j in zip(x, mean, log_var, strict=True):
-        variance = math.exp(log_var_j)
-        density = math.exp(-((x_j - mean_j) ** 2) / (2 * variance)) / math.sqrt(
-            2 * math.pi * variance
-        )
+    for x_j, mean_j in zip(x, mean, strict=True):
+        density = math.exp(-((x_j - mean_j) ** 2) / 2) / math.sqrt(2 * math.pi)
         total += -math.log(density) - 0.5 * math.log(2 * math.pi)
     return total
 
@@ -159,12 +145,12 @@ def squared_distance(x, y) -> float:
     return sum((x_j - y_j) ** 2 for x_j, y_j in zip(x, y, strict=True))
 
 
-def build(learn_variance=False, deduce_from="obs+state+actions", discrete=True):
+def build(deduce_from="obs+state+actions", discrete=True, **options):
     statistics, batch = make_statistics(), make_batch(discrete)
     batch.next_obs[:, 1, 2] = statistics["obs_mean"][1, 2] + 0.3  # the column with std 1e-5
     model = LogoWM(
         N, O, S, A, hidden=HIDDEN, discrete=discrete, statistics=statistics,
-        deduce_from=deduce_from, learn_variance=learn_variance,
+        deduce_from=deduce_from, **options,
     )  # fmt: skip
     return model, batch, NaiveWorldModel(model, statistics, batch)
 
@@ -172,33 +158,22 @@ def build(learn_variance=False, deduce_from="obs+state+actions", discrete=True):
 # ------------------------------------------------------------------------- Eq. (2)-(6), world model
 
 
-def test_gaussian_nll_is_the_normal_density_without_its_constant():
-    x, mean, log_var = torch.randn(3, B, O).unbind(0)
-    for v in (None, log_var):
-        for b in range(B):
-            expected = minus_log_normal(x[b], mean[b], torch.zeros(O) if v is None else v[b])
-            assert gaussian_nll(x, mean, v)[b].item() == pytest.approx(expected, **CLOSE)
-
-
-def test_learned_log_variance_stays_between_its_bounds_and_follows_its_input_inside():
-    model, _, _ = build(learn_variance=True)
-    raw = torch.linspace(-60, 60, 1001)
-    _, log_var = model.gaussian(torch.cat([torch.zeros(1001), raw]))
-    assert log_var.min() >= -8.0 and log_var.max() <= 1.001
-    assert (log_var.diff() >= 0).all() and log_var.max() - log_var.min() > 8.9
-    _, middle = model.gaussian(torch.tensor([0.0, -4.0]))
-    assert middle.item() == pytest.approx(-4.0, abs=0.05)
+def test_gaussian_nll_is_the_normal_density():
+    x, mean = torch.randn(2, B, O).unbind(0)
+    for b in range(B):
+        assert gaussian_nll(x, mean)[b].item() == pytest.approx(
+            minus_log_normal(x[b], mean[b]), **CLOSE
+        )
 
 
 @pytest.mark.parametrize("discrete", [True, False])
-@pytest.mark.parametrize("learn_variance", [False, True])
-def test_eq_2_predictive_loss_equals_a_loop_over_rows_and_agents(learn_variance, discrete):
-    model, batch, naive = build(learn_variance, discrete=discrete)
+def test_eq_2_equals_a_loop_over_rows_and_agents(discrete):
+    model, batch, naive = build(discrete=discrete)
     expected = 0.0
     for b in range(B):
         for i in range(N):
-            o_hat, log_var = naive.encode_p(b, i)
-            encoder = minus_log_normal(naive.o_next[b, i], o_hat, log_var)
+            o_hat = naive.encode_p(b, i)
+            encoder = minus_log_normal(naive.o_next[b, i], o_hat)
             o_and_a = np.concatenate([naive.o[b, i], naive.a[b, i]])
             decoder = squared_distance(o_and_a, perceptron(model.dec_p, o_hat, member=i))
             expected += (encoder + decoder) / B
@@ -206,20 +181,13 @@ def test_eq_2_predictive_loss_equals_a_loop_over_rows_and_agents(learn_variance,
 
 
 @pytest.mark.parametrize("deduce_from", DEDUCE_FROM)
-@pytest.mark.parametrize("learn_variance", [False, True])
-def test_eq_3_deductive_loss_equals_a_loop_over_rows(learn_variance, deduce_from):
-    model, batch, naive = build(learn_variance, deduce_from)
+def test_eq_3_equals_a_loop_over_rows(deduce_from):
+    model, batch, naive = build(deduce_from)
     expected = 0.0
     for b in range(B):
-        out = perceptron(model.enc_d, naive.s_and_r(b))
-        mean, log_var = naive.moments(out)
-        encoder = sum(
-            minus_log_normal(
-                naive.o_next[b, i], mean[i * O : (i + 1) * O], log_var[i * O : (i + 1) * O]
-            )
-            for i in range(N)
-        )
+        mean = perceptron(model.enc_d, naive.s_and_r(b))
         joint = [mean[i * O : (i + 1) * O] for i in range(N)]
+        encoder = sum(minus_log_normal(naive.o_next[b, i], joint[i]) for i in range(N))
         decoder = squared_distance(naive.s_and_r(b), naive.decode_d(b, joint))
         expected += (encoder + decoder) / B
     assert model.loss(batch)[1]["L_d"].item() == pytest.approx(expected, **CLOSE)
@@ -227,39 +195,32 @@ def test_eq_3_deductive_loss_equals_a_loop_over_rows(learn_variance, deduce_from
 
 @pytest.mark.parametrize("eq4_input", ["obs", "next_obs"])
 @pytest.mark.parametrize("deduce_from", DEDUCE_FROM)
-@pytest.mark.parametrize("learn_variance", [False, True])
-def test_eq_4_deduction_from_predictions_equals_a_loop(learn_variance, deduce_from, eq4_input):
-    model, batch, naive = build(learn_variance, deduce_from)
+def test_eq_4_equals_a_loop_over_rows(deduce_from, eq4_input):
+    model, batch, naive = build(deduce_from, eq4_input=eq4_input)
     seen = naive.o if eq4_input == "obs" else naive.o_next
     expected = 0.0
     for b in range(B):
-        joint = [naive.encode_p(b, i, o=seen)[0] for i in range(N)]
+        joint = [naive.encode_p(b, i, o=seen) for i in range(N)]
         expected += squared_distance(naive.s_and_r(b), naive.decode_d(b, joint)) / B
-    assert model.loss(batch, eq4_input)[1]["L_Rd"].item() == pytest.approx(expected, **CLOSE)
+    assert model.loss(batch)[1]["L_Rd"].item() == pytest.approx(expected, **CLOSE)
 
 
-@pytest.mark.parametrize("clamp", [True, False])
 @pytest.mark.parametrize("deduce_from", DEDUCE_FROM)
-def test_eq_5_one_step_and_its_uncertainty_equal_a_loop(deduce_from, clamp):
-    model, batch, naive = build(learn_variance=True, deduce_from=deduce_from)
-    with torch.no_grad():  # far enough to leave the data's range, so that the clamp has work
-        model.enc_p[-1].bias += 0.4
-        model.dec_d[-1].bias += 0.4
-    out = model.step(batch.obs, batch.state, batch.actions, clamp)
+def test_eq_5_and_a_step_equal_a_loop(deduce_from):
+    model, batch, naive = build(deduce_from)
+    out = model.step(batch.obs, batch.state, batch.actions)
 
     def raw(name, x, index=...):
         mean, std = naive.stats[f"{name}_mean"][index], floored(naive.stats[f"{name}_std"])[index]
-        low, high = naive.stats[f"{name}_min"][index], naive.stats[f"{name}_max"][index]
-        return np.clip(x * std + mean, low, high) if clamp else x * std + mean
+        return x * std + mean
 
-    touched = 0
     for b in range(B):
-        joint = [naive.encode_p(b, i)[0] for i in range(N)]
-        deduced, (direct, _) = naive.decode_d(b, joint), naive.encode_ps(b)
+        joint = [naive.encode_p(b, i) for i in range(N)]
+        deduced, direct = naive.decode_d(b, joint), naive.encode_ps(b)
         u = math.sqrt(sum((direct[j] - deduced[j]) ** 2 for j in range(S)))
-        over = perceptron(model.over_head, deduced[:S])[0]
-        assert out["u"][b].item() == pytest.approx(u, **CLOSE)
-        assert out["terminated"][b].item() == pytest.approx(1 / (1 + math.exp(-over)), **CLOSE)
+        done = perceptron(model.done_head, deduced[:S])[0]
+        assert out["uncertainty"][b].item() == pytest.approx(u, **CLOSE)
+        assert out["terminated"][b].item() == pytest.approx(1 / (1 + math.exp(-done)), **CLOSE)
         assert array(out["next_state"][b]) == pytest.approx(raw("state", deduced[:S]), **CLOSE)
         assert array(out["direct_state"][b]) == pytest.approx(raw("state", direct[:S]), **CLOSE)
         assert out["reward"][b].item() == pytest.approx(raw("reward", deduced[S]), **CLOSE)
@@ -271,27 +232,32 @@ def test_eq_5_one_step_and_its_uncertainty_equal_a_loop(deduce_from, clamp):
             logits = perceptron(model.avail_head, joint[i], member=i)
             allowed = [float(x > 0 or x == max(logits)) for x in logits]
             assert out["next_avail"][b, i].tolist() == allowed
-            inside = joint[i] * floored(naive.stats["obs_std"])[i] + naive.stats["obs_mean"][i]
-            touched += int((inside > naive.stats["obs_max"][i]).sum())
-    assert touched > 0
 
 
+@pytest.mark.parametrize("clamp", [True, False])
 @pytest.mark.parametrize("heads", [True, False])
 @pytest.mark.parametrize("discrete", [True, False])
-def test_imagined_steps_equal_a_loop_of_single_steps_that_ends_where_the_dice_fall(discrete, heads):
-    model, batch, _ = build(discrete=discrete)
+def test_a_rollout_equals_a_loop_of_single_steps(discrete, heads, clamp):
+    model, batch, naive = build(discrete=discrete, heads=heads, clamp=clamp)
     with torch.no_grad():
-        model.over_head[-1].bias -= 2.0  # so that some rollouts end, and some do not
+        model.done_head[-1].bias -= 2.0  # so that some rollouts end, and some do not
+        model.enc_p[-1].bias += 0.4  # far enough to leave the range of the data
+        model.dec_d[-1].bias += 0.4
     actions = torch.stack([make_batch(discrete).actions for _ in range(4)])
-    dice, asked = torch.rand(4, B), []
+    asked, g, again = [], *(torch.Generator().manual_seed(3) for _ in range(2))
 
-    def act(*seen):
-        asked.append(seen)
-        return actions[seen[-1]]
+    def policy(obs, avail, generator):
+        assert generator is g
+        asked.append((obs, avail))
+        return actions[len(asked) - 1]
 
-    out = model.imagine(act, batch.obs, batch.state, batch.avail, dice, heads)
-    assert ("avail" in out) == discrete and [h for *_, h in asked] == [0, 1, 2, 3]
-    obs, state, avail, on = batch.obs, batch.state, batch.avail, [1.0] * B
+    def limited(name, x):
+        low, high = (torch.as_tensor(naive.stats[f"{name}_{m}"]) for m in ("min", "max"))
+        return torch.minimum(torch.maximum(x, low), high) if clamp else x
+
+    out = model.imagine(policy, batch, 4, g)
+    assert ("avail" in out) == discrete and len(asked) == 4
+    obs, state, avail, valid, outside = batch.obs, batch.state, batch.avail, [1.0] * B, 0
     for h in range(4):
         if discrete and not heads:
             avail = torch.ones(B, N, A)
@@ -301,25 +267,39 @@ def test_imagined_steps_equal_a_loop_of_single_steps_that_ends_where_the_dice_fa
         assert torch.equal(asked[h][1], avail) if discrete else asked[h][1] is None
         step = model.step(obs, state, actions[h])
         assert torch.equal(out["actions"][h], actions[h])
-        assert torch.equal(out["reward"][h], step["reward"])
-        assert torch.equal(out["u"][h], step["u"])
-        ends = [float(heads and dice[h, b] < step["terminated"][b]) for b in range(B)]
-        assert out["terminated"][h].tolist() == ends and out["filled"][h].tolist() == on
-        on = [0.0 if end else x for x, end in zip(on, ends, strict=True)]
-        obs, state, avail = step["next_obs"], step["next_state"], step["next_avail"]
+        assert torch.equal(out["reward"][h], limited("reward", step["reward"]))
+        assert torch.equal(out["uncertainty"][h], step["uncertainty"])
+        draws = torch.rand(B, generator=again) if heads else torch.zeros(B)
+        ends = [float(heads and draws[b] < step["terminated"][b]) for b in range(B)]
+        assert out["terminated"][h].tolist() == ends and out["valid"][h].tolist() == valid
+        valid = [0.0 if end else x for x, end in zip(valid, ends, strict=True)]
+        outside += int((step["next_obs"] != limited("obs", step["next_obs"])).sum())
+        obs, state = limited("obs", step["next_obs"]), limited("state", step["next_state"])
+        avail = step["next_avail"]
     assert torch.equal(out["obs"][4], obs) and torch.equal(out["state"][4], state)
-    assert (0 < sum(on) < B) == heads
+    assert (outside > 0) == clamp and (sum(valid) == B or heads)
 
 
-@pytest.mark.parametrize("learn_variance", [False, True])
-def test_eq_6_direct_loss_equals_a_loop_over_rows(learn_variance):
-    model, batch, naive = build(learn_variance)
-    expected = sum(minus_log_normal(naive.s_and_r(b), *naive.encode_ps(b)) for b in range(B)) / B
+@pytest.mark.parametrize("probability", [0.0, 0.4, 1.0])
+def test_rollouts_end_with_the_predicted_probability(probability):
+    model, batch, _ = build()
+    with torch.no_grad():
+        model.done_head[-1].weight.zero_()
+        model.done_head[-1].bias.fill_(torch.logit(torch.tensor(probability)).clamp(-50, 50))
+    many = Batch(*(None if x is None else x.repeat(400, *[1] * (x.dim() - 1)) for x in batch))
+    out = model.imagine(lambda *_: many.actions, many, 2, torch.Generator().manual_seed(0))
+    assert out["terminated"][0].mean().item() == pytest.approx(probability, abs=0.03)
+    assert torch.equal(out["valid"][1], 1 - out["terminated"][0])
+
+
+def test_eq_6_equals_a_loop_over_rows():
+    model, batch, naive = build()
+    expected = sum(minus_log_normal(naive.s_and_r(b), naive.encode_ps(b)) for b in range(B)) / B
     assert model.loss(batch)[1]["L_ps"].item() == pytest.approx(expected, **CLOSE)
 
 
 @pytest.mark.parametrize("discrete", [True, False])
-def test_the_objective_is_the_plain_sum_of_its_parts_and_the_heads_are_cross_entropies(discrete):
+def test_the_objective_is_the_sum_of_its_parts(discrete):
     model, batch, naive = build(discrete=discrete)
     total, parts = model.loss(batch)
 
@@ -327,18 +307,18 @@ def test_the_objective_is_the_plain_sum_of_its_parts_and_the_heads_are_cross_ent
         p = 1 / (1 + math.exp(-logit))
         return -math.log(p if label else 1 - p)
 
-    over = avail = 0.0
+    done = avail = 0.0
     for b in range(B):
-        joint = [naive.encode_p(b, i)[0] for i in range(N)]
-        logit = perceptron(model.over_head, naive.decode_d(b, joint)[:S])[0]
-        over += cross_entropy(logit, batch.terminated[b]) / B
+        joint = [naive.encode_p(b, i) for i in range(N)]
+        logit = perceptron(model.done_head, naive.decode_d(b, joint)[:S])[0]
+        done += cross_entropy(logit, batch.terminated[b]) / B
         for i in range(N if discrete else 0):
             logits = perceptron(model.avail_head, joint[i], member=i)
             for j in range(A):
                 avail += cross_entropy(logits[j], batch.next_avail[b, i, j]) / (B * N * A)
-    assert parts["L_over"].item() == pytest.approx(over, **CLOSE)
+    assert parts["L_done"].item() == pytest.approx(done, **CLOSE)
     assert parts["L_avail"].item() == pytest.approx(avail, **CLOSE)
-    assert set(parts) == {"L_p", "L_d", "L_Rd", "L_ps", "L_over", "L_avail"}
+    assert set(parts) == {"L_p", "L_d", "L_Rd", "L_ps", "L_done", "L_avail"}
     assert total.item() == pytest.approx(sum(v.item() for v in parts.values()), **CLOSE)
 
 
@@ -347,12 +327,13 @@ def test_the_objective_is_the_plain_sum_of_its_parts_and_the_heads_are_cross_ent
 
 def test_eq_7_weights_equal_a_loop_over_the_rows_that_are_kept():
     horizon, rollouts, cap, retain = 3, 4, 1.5, 2
-    buffer = SyntheticBuffer(retain, horizon, rollouts, N, O, S, A, "cpu")
+    sizes = (retain, horizon, rollouts, N, O, S, A)
+    buffer = SyntheticBuffer(*sizes, "cpu", cap=cap, u_scale=1.0)
     slots = [None] * retain
     for c in range(3):
         u = torch.randint(0, 24, (horizon, rollouts)) / 8  # 0 to 3: both ends of the clip
-        filled = (torch.rand(horizon, rollouts) < 0.7).double()
-        filled[0, 0], u[0, 0] = 1.0, 2.875
+        valid = (torch.rand(horizon, rollouts) < 0.7).double()
+        valid[0, 0], u[0, 0] = 1.0, 2.875
         buffer.add(
             {
                 "obs": torch.zeros(horizon + 1, rollouts, N, O),
@@ -361,12 +342,11 @@ def test_eq_7_weights_equal_a_loop_over_the_rows_that_are_kept():
                 "actions": torch.zeros(horizon, rollouts, N, A),
                 "reward": torch.zeros(horizon, rollouts),
                 "terminated": torch.zeros(horizon, rollouts),
-                "u": u,
-                "filled": filled,
-            },
-            cap,
+                "uncertainty": u,
+                "valid": valid,
+            }
         )
-        slots[c % retain] = (u, filled)  # the third collection takes the place of the first
+        slots[c % retain] = (u, valid)  # the third collection takes the place of the first
         numerators = []
         for slot in slots:
             for h, m in itertools.product(range(horizon), range(rollouts)):
@@ -379,7 +359,7 @@ def test_eq_7_weights_equal_a_loop_over_the_rows_that_are_kept():
         assert w == pytest.approx(expected, abs=1e-12)
         rows = [x for x in expected if x > 0]
         share = 1 / (sum(x * x for x in rows) * len(rows))
-        assert buffer.ess.item() == pytest.approx(share, rel=1e-9)
+        assert buffer.effective_share.item() == pytest.approx(share, rel=1e-9)
         assert max(rows) / min(rows) <= math.exp(cap) * (1 + 1e-9)
 
 
@@ -413,6 +393,9 @@ def naive_pi(case, obs, avail, b) -> np.ndarray:
     rows = []
     for i in range(N):
         x = standard(case, "obs", obs[b])[i]
+        if case.actor.shared and case.actor.discrete:  # one scale for all agents
+            mean, std = case.stats["obs_mean"].mean(0), case.stats["obs_std"].mean(0)
+            x = (array(obs[b, i]) - mean) / floored(std)
         if case.actor.shared:
             x = np.concatenate([x, [float(i == j) for j in range(N)]])
         z = perceptron(case.actor.net, x, member=0 if case.actor.shared else i)
@@ -448,13 +431,11 @@ def value_of(q: np.ndarray, joint: tuple) -> float:
     return sum(q[i, a] for i, a in enumerate(joint))
 
 
-def naive_critic_loss(
-    case, conservative="logsumexp", conservative_on="both", backup="policy", bellman_on="both"
-):
+def naive_critic_loss(case, conservative="logsumexp", backup="policy", bellman_on="both"):
     """Eq. (10), (11) over discrete joint actions: (loss, regularisation, Bellman error)."""
     batch, k_all = case.batch, range(case.critic.critics)
     real = [b for b in range(B) if case.is_real[b] == 1]
-    y, any_, data = np.zeros(B), np.zeros((len(k_all), B)), np.zeros((len(k_all), B))
+    y, q_all, data = np.zeros(B), np.zeros((len(k_all), B)), np.zeros((len(k_all), B))
     for b in range(B):
         nexts = [
             naive_utilities(case, case.target, batch.next_obs, batch.next_state, b, k)
@@ -483,22 +464,21 @@ def naive_critic_loss(
             every = list(joint_actions(batch.avail, b))
             data[k, b] = value_of(q, taken)
             if conservative == "logsumexp":
-                any_[k, b] = math.log(sum(math.exp(value_of(q, joint)) for joint in every))
+                q_all[k, b] = math.log(sum(math.exp(value_of(q, joint)) for joint in every))
             else:
-                any_[k, b] = sum(
+                q_all[k, b] = sum(
                     math.prod(pi[i, a] for i, a in enumerate(joint)) * value_of(q, joint)
                     for joint in every
                 )
-    down = range(B) if conservative_on == "both" else real
     rows = range(B) if bellman_on == "both" else real
     regularisation = bellman = 0.0
     for k in k_all:
-        regularisation += np.mean([any_[k, b] for b in down]) - np.mean([data[k, b] for b in real])
+        regularisation += np.mean(q_all[k]) - np.mean([data[k, b] for b in real])
         bellman += 0.5 * np.mean([(data[k, b] - y[b]) ** 2 for b in rows])
     return ALPHA * regularisation + bellman, regularisation, bellman
 
 
-def test_the_policies_are_masked_softmaxes_of_each_agents_own_observation():
+def test_policies_are_masked_softmaxes_of_own_observations():
     for shared in (True, False):
         case = build_policy(shared=shared)
         pi = array(case.actor(case.batch.obs, case.batch.avail))
@@ -512,7 +492,7 @@ def test_the_policies_are_masked_softmaxes_of_each_agents_own_observation():
 def test_the_log_sum_exp_over_all_joint_actions_is_exact(critics):
     case = build_policy(critics=critics)
     batch = case.batch
-    data, every = data_and_any(case.critic, batch, case.actor)
+    data, every = data_and_all_values(case.critic, batch, case.actor)
     assert data.shape == every.shape == (critics, B)
     for b, k in itertools.product(range(B), range(critics)):
         q = naive_utilities(case, case.critic, batch.obs, batch.state, b, k)
@@ -527,12 +507,10 @@ def test_the_log_sum_exp_over_all_joint_actions_is_exact(critics):
 LITERAL = [
     {},
     {"conservative": "expectation"},
-    {"conservative_on": "real"},
     {"backup": "max"},
     {"bellman_on": "real"},
     {
         "conservative": "expectation",
-        "conservative_on": "both",
         "backup": "max",
         "bellman_on": "real",
     },
@@ -541,7 +519,7 @@ LITERAL = [
 
 @pytest.mark.parametrize("critics", [1, 2])
 @pytest.mark.parametrize("options", LITERAL, ids=lambda o: "+".join(o.values()) or "default")
-def test_eq_10_and_11_equal_a_loop_over_rows_critics_and_joint_actions(options, critics):
+def test_eq_10_and_11_equal_a_loop_over_joint_actions(options, critics):
     case = build_policy(critics=critics)
     loss, parts = critic_loss(
         case.critic, case.target, case.actor, case.batch, case.is_real, GAMMA, ALPHA, **options
@@ -552,13 +530,13 @@ def test_eq_10_and_11_equal_a_loop_over_rows_critics_and_joint_actions(options, 
     assert loss.item() == pytest.approx(expected, **CLOSE)
 
 
-def test_the_options_of_eq_10_and_11_differ_from_each_other_on_this_batch():
+def test_the_options_of_eq_10_and_11_differ():
     case = build_policy()
     values = [naive_critic_loss(case, **options)[0] for options in LITERAL]
     assert min(abs(x - y) for x, y in itertools.combinations(values, 2)) > 1e-3
 
 
-def test_the_maximum_of_eq_11_is_the_best_joint_action_that_may_be_taken():
+def test_eq_11_takes_the_best_available_joint_action():
     case = build_policy(critics=1)
     batch, bellman = case.batch, 0.0
     for b in range(B):
@@ -609,7 +587,7 @@ def test_eq_12_equals_a_loop_over_rows_and_agents(discrete, normalise_q, bc_on):
 
 
 def draws(samples: int = 10, shape=(B, N, A)) -> torch.Tensor:
-    return random_actions(shape, torch.Generator().manual_seed(0), samples)
+    return action_noise(shape, torch.Generator().manual_seed(0), samples)
 
 
 def continuous_terms(case, backup="policy"):
@@ -628,12 +606,12 @@ def continuous_terms(case, backup="policy"):
 
 @pytest.mark.parametrize("backup", ["policy", "max"])
 @pytest.mark.parametrize("critics", [1, 2])
-def test_the_bellman_error_of_continuous_actions_equals_a_loop(critics, backup):
+def test_continuous_bellman_error_equals_a_loop(critics, backup):
     case = build_policy(discrete=False, critics=critics)
     data, y = continuous_terms(case)
     loss, parts = critic_loss(
         case.critic, case.target, case.actor, case.batch, case.is_real, GAMMA, ALPHA,
-        draws(), backup=backup,
+        noise=draws(), backup=backup,
     )  # fmt: skip
     bellman = sum(0.5 * np.mean((data[k] - y) ** 2) for k in range(critics))
     assert parts["td"].item() == pytest.approx(bellman, **CLOSE)
@@ -642,17 +620,17 @@ def test_the_bellman_error_of_continuous_actions_equals_a_loop(critics, backup):
     assert loss.item() == pytest.approx(ALPHA * parts["gap"].item() + bellman, **CLOSE)
 
 
-def test_the_literal_conservative_term_of_continuous_actions_equals_a_loop():
+def test_continuous_expectation_term_equals_a_loop():
     case = build_policy(discrete=False)
     data, _ = continuous_terms(case)
     gap = 0.0
     for k in range(2):
         pi = [naive_pi(case, case.batch.obs, None, b) for b in range(B)]
-        any_ = [naive_value(case, case.critic, case.batch.state, pi[b], b, k) for b in range(B)]
-        gap += np.mean(any_) - np.mean([data[k, b] for b in range(B) if case.is_real[b] == 1])
+        q_all = [naive_value(case, case.critic, case.batch.state, pi[b], b, k) for b in range(B)]
+        gap += np.mean(q_all) - np.mean([data[k, b] for b in range(B) if case.is_real[b] == 1])
     _, parts = critic_loss(
         case.critic, case.target, case.actor, case.batch, case.is_real, GAMMA, ALPHA,
-        conservative="expectation", conservative_on="both",
+        conservative="expectation",
     )  # fmt: skip
     assert parts["gap"].item() == pytest.approx(gap, **CLOSE)
 
@@ -690,12 +668,12 @@ def test_uniform_draws_weigh_the_whole_volume_of_the_actions():
         return q
 
     case = build_policy(discrete=False)
-    _, every = data_and_any(Stub(value), batch, case.actor, draws(samples))
+    _, every = data_and_all_values(Stub(value), batch, case.actor, draws(samples))
     expected = c + N * A * math.log(2.0) - math.log(3.0)
     assert every.flatten().tolist() == pytest.approx([expected] * B, **CLOSE)
 
 
-def test_policy_draws_are_weighted_with_the_density_they_come_from():
+def test_policy_draws_are_weighted_with_their_density():
     # exp Q is the density that the policy's draws have: each of them must count exactly 1.
     batch, samples = make_batch(discrete=False), 10
 
@@ -704,11 +682,11 @@ def test_policy_draws_are_weighted_with_the_density_they_come_from():
         q[: samples * B] = -math.inf
         return q
 
-    _, every = data_and_any(Stub(value), batch, still_actor, draws(samples))
+    _, every = data_and_all_values(Stub(value), batch, still_actor, draws(samples))
     assert every.flatten().tolist() == pytest.approx([math.log(2 / 3)] * B, abs=1e-9)
 
 
-def test_the_estimated_log_sum_exp_finds_a_known_integral():
+def test_estimated_log_sum_exp_finds_a_known_integral():
     # exp Q is a normal density well inside the box: it integrates to 1. One agent's two torques.
     batch = SimpleNamespace(
         obs=torch.zeros(4, 1, O), state=torch.zeros(4, S), next_obs=torch.zeros(4, 1, O),
@@ -716,15 +694,17 @@ def test_the_estimated_log_sum_exp_finds_a_known_integral():
     )  # fmt: skip
     critic = Stub(lambda actions: 3.0 + log_normal(actions, 0.2))
     drawn = draws(20_000, (4, 1, 2))
-    _, every = data_and_any(critic, batch, lambda obs, avail: torch.zeros(len(obs), 1, 2), drawn)
+    _, every = data_and_all_values(
+        critic, batch, lambda obs, avail: torch.zeros(len(obs), 1, 2), drawn
+    )
     assert every.flatten().tolist() == pytest.approx([3.0] * 4, abs=0.02)
 
 
-def test_a_critic_that_ignores_the_actions_gives_its_value_plus_the_same_volume_everywhere():
+def test_a_constant_critic_gives_its_value_plus_the_volume():
     case = build_policy(discrete=False)
     with torch.no_grad():
         case.critic.net[0].weight[:, S:] = 0.0
-    data, every = data_and_any(case.critic, case.batch, case.actor, draws(50))
+    data, every = data_and_all_values(case.critic, case.batch, case.actor, draws(50))
     volume = every - data  # the critic's constant cancels; (K,B), the same for both critics
     assert volume[0].tolist() == pytest.approx(volume[1].tolist(), **CLOSE)
     log_box = N * A * math.log(2.0)
@@ -732,15 +712,15 @@ def test_a_critic_that_ignores_the_actions_gives_its_value_plus_the_same_volume_
     assert (volume < log_box + 1.0).all()
     with torch.no_grad():
         case.critic.net[-1].bias += 2.5
-    _, higher = data_and_any(case.critic, case.batch, case.actor, draws(50))
+    _, higher = data_and_all_values(case.critic, case.batch, case.actor, draws(50))
     assert (higher - every).flatten().tolist() == pytest.approx([2.5] * 2 * B, **CLOSE)
 
 
-def test_the_estimated_log_sum_exp_equals_a_loop_over_the_same_draws():
+def test_estimated_log_sum_exp_equals_a_loop():
     case, samples, sigma = build_policy(discrete=False), 4, 0.2
     batch = case.batch
     uniform, *noises = drawn = draws(samples)
-    _, every = data_and_any(case.critic, batch, case.actor, drawn)
+    _, every = data_and_all_values(case.critic, batch, case.actor, drawn)
     for b, k in itertools.product(range(B), range(2)):
         terms = []
         for m in range(samples):

@@ -320,9 +320,10 @@ def test_continuous_policies_have_a_squared_distance():
     assert set(found) == {"action_mse", "clone_mse", "value_policy", "value_data", "return_to_go"}
 
 
-def test_a_learner_without_critic_has_no_values(data):
+@pytest.mark.parametrize("critic", [{"critic": None}, {}])
+def test_a_learner_without_critic_has_no_values(data, critic):
     ema_actor, bc_actor, _ = actors_and_critic(discrete=True)
-    learner = SimpleNamespace(ema_actor=ema_actor, critic=None)
+    learner = SimpleNamespace(ema_actor=ema_actor, **critic)
     found = diagnostics.offline_measures(learner, bc_actor, data, GAMMA)
     assert set(found) == {"action_agreement", "clone_agreement", "return_to_go"}
 

@@ -1,5 +1,6 @@
-"""The end of a run: final.json, run.png and the closing table; and tables of many runs."""
+"""The end of a run: final.json, run.png and the closing table."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,12 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 import envs
 from buffer import OfflineDataset
-from experiment import __main__ as command
 from experiment import report
 from logo_wm import LogoWM
 from macql import Actor, Critic
@@ -30,15 +29,13 @@ class Args:
     seed: int = 2
     horizon: int = 3
     gamma: float = 0.9
-    synthetic_fraction: float = 0.5
-    critic: str = "cql"
     out: Path | None = None
 
 
 class Constant:
     """A world model that only has what every world model has: nothing changes, reward 1."""
 
-    def __init__(self, uncertainty: float = 1.0):
+    def __init__(self, uncertainty: float | None = 1.0):
         self.uncertainty = uncertainty
 
     def loss(self, batch):
@@ -50,16 +47,18 @@ class Constant:
 
         ones = torch.ones(len(starts.state))
         actions = [policy(starts.obs, starts.avail, generator) for _ in range(horizon)]
-        return {
+        rollout = {
             "obs": torch.stack([starts.obs] * (horizon + 1)),
             "state": torch.stack([starts.state] * (horizon + 1)),
             "avail": torch.stack([starts.avail] * (horizon + 1)),
             "actions": torch.stack(actions),
             "reward": per_step(ones),
             "terminated": per_step(0 * ones),
-            "uncertainty": per_step(self.uncertainty * ones),
             "valid": per_step(ones),
         }
+        if self.uncertainty is not None:
+            rollout["uncertainty"] = per_step(self.uncertainty * ones)
+        return rollout
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +87,18 @@ def end(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(envs, "evaluate", evaluate)
 
-    def end(world_model, env="simulator", evaluations=7, args=None, metadata=None, critic=critic):
-        args = args or Args(out=tmp_path)
+    def end(
+        world_model, env="simulator", evaluations=7, method="logo", metadata=None, critic=critic,
+        horizon=3,
+    ):  # fmt: skip
+        args = Args(out=tmp_path, horizon=horizon)
         data_set = {
             "path": "data.h5", "sha256": "0" * 64, "episodes": 8, "transitions": 48,
             "return_mean": 1.0, "return_std": 2.0,
         }  # fmt: skip
         run = SimpleNamespace(
-            args=args, folder=tmp_path, device=torch.device("cpu"), imagined_rows=60, started=0.0,
+            args=args, method=method, folder=tmp_path, device=torch.device("cpu"),
+            imagined_rows=60, started=0.0, timed=lambda clock: contextlib.nullcontext(),
             spec=SimpleNamespace(backend="smax" if env else "offline", discrete=True),
             metadata=data_set | (metadata or {}), progress={"clone": 4, "wm": 10, "policy": 20},
             evaluations=[
@@ -210,6 +213,20 @@ def test_numbers_that_are_not_finite_become_null(end, tmp_path):
     assert written(tmp_path) == final
 
 
+@pytest.mark.parametrize("uncertainty", [None, 0.0, math.nan])
+def test_a_model_with_useless_uncertainty_is_reported(end, tmp_path, uncertainty):
+    errors = end(Constant(uncertainty))["world_model"]
+    assert errors.get("u_error_spearman") is None
+    assert ("u_error_spearman" in errors) == (uncertainty is not None)
+    assert (tmp_path / "run.png").exists()
+
+
+def test_a_horizon_beyond_every_episode_is_reported(end, tmp_path):
+    errors = end(Constant(), horizon=7)["world_model"]
+    assert errors["rollout"] == {"state": [], "persistence": [], "reward": []}
+    assert written(tmp_path)["world_model"] == errors and (tmp_path / "run.png").exists()
+
+
 def test_nested_values_are_kept_where_they_are_finite():
     value = {"a": [1, 2.5, math.nan, (math.inf, None)], "b": {"c": True, "d": "x"}}
     expected = {"a": [1, 2.5, None, [None, None]], "b": {"c": True, "d": "x"}}
@@ -224,7 +241,7 @@ def test_without_a_simulator_nothing_is_evaluated(end, capsys):
 
 
 def test_without_a_model_or_critic_their_measures_are_absent(end, tmp_path, capsys):
-    final = end(None, args=Args(synthetic_fraction=0.0, critic="none"), critic=None)
+    final = end(None, method="bc", critic=None)
     assert final["world_model"] is None and final["rollout"] is None and final["method"] == "bc"
     assert "value_policy" not in final["offline"]
     assert "cloning, twice as long" in capsys.readouterr().out
@@ -239,109 +256,3 @@ def test_a_full_disk_leaves_no_half_written_report(end, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         end(None)
     assert list(tmp_path.iterdir()) == []
-
-
-# --------------------------------------------------------------------------------------------------
-# Many runs
-# --------------------------------------------------------------------------------------------------
-
-
-def save_final(path: Path, score: float | None, backend="smax", method="logo", **model) -> Path:
-    """A final.json with what `compare` reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    final = {
-        "backend": backend, "method": method, "dataset": {"return_mean": 3.0},
-        "eval": None if score is None else SCORE | {"return_mean": score},
-        "clone": None if score is None else SCORE | {"return_mean": score - 1},
-        "world_model": model or None,
-    }  # fmt: skip
-    path.write_text(json.dumps(final))
-    return path
-
-
-def rows(table: str) -> list[list[str]]:
-    """Cells of a markdown table's lines, without its heads."""
-    lines = [line for line in table.splitlines() if line and not line.startswith("|--")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [row for row in cells if row[0] != "setting"]
-
-
-def test_an_interval_over_seeds_is_students(tmp_path):
-    values = [10.0, 12.0, 17.0]
-    mean, half = report.mean_and_interval(values)
-    error = np.std(values, ddof=1) / 3**0.5
-    low, high = scipy.stats.t.interval(0.95, df=2, loc=13.0, scale=error)
-    assert (mean - half, mean + half) == pytest.approx((low, high))
-    assert report.mean_and_interval([4.0]) == (4.0, math.inf)
-    for k, value in enumerate(values):
-        save_final(tmp_path / f"3m-logo-seed{k}" / "final.json", value)
-    (row,) = rows(report.compare(sorted(tmp_path.iterdir())))
-    cell = f"13.00 ± {half:.2f}"
-    assert row == ["3m-logo", "3", cell, "25%", f"12.00 ± {half:.2f}", "3.00", "8"]
-
-
-def test_backends_and_methods_never_share_a_row(tmp_path):
-    paths = [
-        save_final(tmp_path / "a" / "3m-seed1.json", 1.0),
-        save_final(tmp_path / "b" / "3m-seed2.json", 2.0, backend="smac"),
-        save_final(tmp_path / "c" / "3m-seed3.json", 3.0, method="macql"),
-        save_final(tmp_path / "d" / "3m-seed4.json", 5.0),
-    ]
-    assert [row[:2] for row in rows(report.compare(paths))] == [
-        ["3m", "2"],
-        ["3m", "1"],
-        ["3m", "1"],
-    ]
-
-
-def test_a_run_is_named_by_its_folder_or_file(tmp_path):
-    save_final(tmp_path / "3m-x-seed1" / "final.json", 1.0)
-    save_final(tmp_path / "3m-x-seed2" / "final.json", 2.0)
-    save_final(tmp_path / "3m-x" / "seed3" / "final.json", 3.0)
-    save_final(tmp_path / "3m-x-seed4.json", 4.0)
-    names = "3m-x-seed1", "3m-x-seed2/final.json", "3m-x/seed3", "3m-x-seed4.json"
-    (row,) = rows(report.compare([tmp_path / name for name in names]))
-    assert row[:2] == ["3m-x", "4"] and row[2].startswith("2.50")
-
-
-def test_missing_values_leave_empty_cells(tmp_path):
-    paths = [
-        save_final(tmp_path / "any-seed1.json", 1.0, state_mse=0.5, persistence_state_mse=1.0,
-                   reward_mse=None),
-        save_final(tmp_path / "offline-seed1.json", None, backend="offline"),
-    ]  # fmt: skip
-    played, offline, model = rows(report.compare(paths))
-    assert played == ["any", "1", "1.00", "25%", "0.00", "3.00", "8"]
-    assert offline == ["offline", "1", "not played", "", "", "3.00", "0"]
-    assert model == ["any", "0.5000", "", "1.0000", "", "", ""]
-
-
-def test_stored_results_can_be_compared():
-    stored = sorted((Path(__file__).parent.parent / "results").rglob("*-seed*.json"))
-    table = rows(report.compare(stored))
-    settings = {row[0] for row in table}
-    assert len(settings) >= 1
-    assert sum(int(row[1]) for row in table if len(row) == 7 and row[1].isdigit()) == len(stored)
-
-
-def test_what_is_not_a_finished_run_is_named_in_one_sentence(tmp_path):
-    def told(path: Path) -> str:
-        with pytest.raises(SystemExit) as error:
-            command.cli(["report", str(path)])
-        assert str(error.value).startswith("python -m experiment: ")
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    assert "has no final.json" in told(tmp_path) and "does not exist" in told(tmp_path / "none")
-    (tmp_path / "final.json").write_text("{")
-    assert "is not JSON" in told(tmp_path)
-    (tmp_path / "final.json").write_text('{"backend": "smax"}')
-    assert "no dataset, eval, clone, world_model in it" in told(tmp_path)
-    with pytest.raises(SystemExit, match="python -m experiment: report: no run was given"):
-        command.cli(["report"])
-
-
-def test_the_command_prints_the_table(tmp_path, capsys):
-    path = save_final(tmp_path / "3m-seed1.json", 1.0)
-    command.cli(["report", str(path)])
-    assert capsys.readouterr().out == report.compare([path]) + "\n"

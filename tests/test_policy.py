@@ -13,7 +13,16 @@ import scipy.stats
 import torch
 from torch.nn import functional as F
 
-from macql import Actor, Critic, critic_loss, policy_loss, random_actions, soft_update
+from macql import (
+    MACQL,
+    Actor,
+    Critic,
+    action_noise,
+    critic_loss,
+    linear_decay,
+    policy_loss,
+    soft_update,
+)
 
 N, O, S = 2, 3, 2  # noqa: E741
 
@@ -29,14 +38,14 @@ def make_critic(action_dim, seed=0, **options) -> Critic:
     return Critic(zero, one, torch.zeros(S), torch.ones(S), action_dim, hidden=16, **options)
 
 
-# Actions 0 and 1 are in the data (1 pays more), 2 and 3 are not, 4 is forbidden.
-SEEN, UNSEEN, FORBIDDEN, ACTIONS = [0, 1], [2, 3], 4, 5
+# Actions 0 and 1 are in the data (1 pays more), 2 and 3 are not, 4 is unavailable.
+SEEN, UNSEEN, UNAVAILABLE, ACTIONS = [0, 1], [2, 3], 4, 5
 
 
 def bandit(size, generator, share_of_1=0.5) -> SimpleNamespace:
     choice = (torch.rand(size, N, generator=generator) < share_of_1).long()
     avail = torch.ones(size, N, ACTIONS)
-    avail[..., FORBIDDEN] = 0
+    avail[..., UNAVAILABLE] = 0
     obs, state = torch.zeros(size, N, O), torch.zeros(size, S)
     return SimpleNamespace(
         obs=obs, state=state, avail=avail, actions=F.one_hot(choice, ACTIONS).float(),
@@ -63,9 +72,7 @@ def trained_utilities(alpha: float, conservative: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("conservative", ["logsumexp", "expectation"])
-def test_the_conservative_term_lowers_unseen_actions_alone_and_keeps_the_order_of_the_seen(
-    conservative,
-):
+def test_conservative_term_lowers_unseen_actions(conservative):
     free, pressed = (trained_utilities(alpha, conservative) for alpha in (0.0, 0.5))
     assert (pressed[:, UNSEEN] < free[:, UNSEEN] - 0.5).all()
     assert (pressed[:, SEEN] > pressed[:, UNSEEN].amax(-1, keepdim=True)).all()
@@ -76,9 +83,7 @@ def test_the_conservative_term_lowers_unseen_actions_alone_and_keeps_the_order_o
 
 
 @pytest.mark.parametrize("conservative", ["logsumexp", "expectation"])
-def test_the_conservative_gradient_is_the_policy_minus_the_data_and_zero_where_forbidden(
-    conservative,
-):
+def test_conservative_gradient_is_policy_minus_data(conservative):
     size, alpha = 12, 0.8
     g = torch.Generator().manual_seed(0)
     batch = bandit(size, g)
@@ -89,7 +94,7 @@ def test_the_conservative_gradient_is_the_policy_minus_the_data_and_zero_where_f
 
     def gradient(alpha):
         loss, _ = critic_loss(
-            critic, target, actor, batch, is_real, 0.99, alpha, None, conservative, "real"
+            critic, target, actor, batch, is_real, 0.99, alpha, None, conservative
         )
         return torch.autograd.grad(loss, table)[0]
 
@@ -97,11 +102,13 @@ def test_the_conservative_gradient_is_the_policy_minus_the_data_and_zero_where_f
     pi = actor(batch.obs, batch.avail)
     if conservative == "logsumexp":  # the softmax of Q itself
         pi = table.detach().masked_fill(batch.avail == 0, -torch.inf).softmax(-1)
-    expected = (pi - batch.actions) * (is_real / is_real.sum()).view(-1, 1, 1)
+    # all values are pushed down on every row (mean over the batch), the data's up on real rows
+    real_share = (is_real / is_real.sum()).view(-1, 1, 1)
+    expected = pi / size - batch.actions * real_share
     torch.testing.assert_close(pushed, expected.expand_as(pushed).detach(), atol=1e-6, rtol=0)
-    assert (pushed[..., FORBIDDEN] == 0).all()
+    assert (pushed[..., UNAVAILABLE] == 0).all()
+    assert (pushed[..., UNSEEN] > 0).all()  # gradient descent lowers these
     real = pushed[:, is_real == 1]
-    assert (real[..., UNSEEN] > 0).all()  # a descent lowers these
     taken = batch.actions[is_real == 1].bool().expand_as(real)
     assert (real[taken] < 0).all()  # and raises those
 
@@ -116,7 +123,7 @@ def random_masks(rows, agents, actions, generator) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_forbidden_actions_have_probability_zero_and_are_never_taken(shared):
+def test_unavailable_actions_are_never_taken(shared):
     g, actor = torch.Generator().manual_seed(0), make_actor(6, shared=shared)
     with torch.no_grad():  # confident, also in what it must not do
         for p in actor.parameters():
@@ -126,8 +133,7 @@ def test_forbidden_actions_have_probability_zero_and_are_never_taken(shared):
     assert (actor.logits(obs).argmax(-1, keepdim=True) != pi.argmax(-1, keepdim=True)).any()
     assert (pi[avail == 0] == 0).all()
     torch.testing.assert_close(pi.sum(-1), torch.ones(5000, N))
-    noise = actor.noise(avail.shape, g)
-    for actions in (actor.greedy(obs, avail), actor.explore(obs, avail, noise)):
+    for actions in (actor.greedy(obs, avail), actor.sample(obs, avail, g)):
         assert ((actions == 0) | (actions == 1)).all() and (actions.sum(-1) == 1).all()
         assert (actions * (1 - avail)).sum() == 0
     best = actor.greedy(obs, avail).argmax(-1)
@@ -135,7 +141,7 @@ def test_forbidden_actions_have_probability_zero_and_are_never_taken(shared):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
-def test_exploration_draws_the_policys_actions_mixed_with_a_share_of_all_allowed_ones(epsilon):
+def test_sampling_mixes_the_policy_with_uniform_actions(epsilon):
     g, actor, draws = torch.Generator().manual_seed(0), make_actor(6), 40_000
     with torch.no_grad():
         for p in actor.parameters():
@@ -143,8 +149,7 @@ def test_exploration_draws_the_policys_actions_mixed_with_a_share_of_all_allowed
     obs = torch.randn(1, N, O, generator=g)
     avail = torch.tensor([[[1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 1]]]).float()
     pi = actor(obs, avail)[0].detach().double()
-    noise = actor.noise((draws, N, 6), g)
-    drawn = actor.explore(obs.expand(draws, -1, -1), avail.expand(draws, -1, -1), noise, epsilon)
+    drawn = actor.sample(obs.expand(draws, -1, -1), avail.expand(draws, -1, -1), g, epsilon)
     for i in range(N):
         allowed = avail[0, i] == 1
         counts = drawn[:, i].sum(0)
@@ -161,34 +166,34 @@ def test_the_same_generator_state_draws_the_same_actions():
     actor, obs = make_actor(6), torch.randn(200, N, O)
     avail = torch.ones(200, N, 6)
     generators = [torch.Generator().manual_seed(k) for k in (1, 1, 2)]
-    draws = [actor.explore(obs, avail, actor.noise(avail.shape, g)) for g in generators]
+    draws = [actor.sample(obs, avail, g) for g in generators]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
-def test_continuous_actions_stay_within_one_and_explore_with_the_noise_asked_for():
+def test_continuous_actions_stay_within_one_and_explore():
     g, actor = torch.Generator().manual_seed(0), make_actor(2, discrete=False)
     obs = 50 * torch.randn(20_000, N, O, generator=g)
     pi = actor(obs, None)
     assert pi.abs().max() <= 1 and pi.max() > 0.9 and pi.min() < -0.9
     assert torch.equal(actor.greedy(obs, None), pi)
-    explored = actor.explore(obs, None, actor.noise(pi.shape, g), 0.5)
+    explored = actor.sample(obs, None, g, 0.5)
     assert explored.max() == 1 and explored.min() == -1
     with torch.no_grad():  # tanh(0) in the middle: no clamp, the plain noise
         for p in actor.parameters():
             p.zero_()
-    noise = actor.explore(obs, None, actor.noise(pi.shape, g), 0.1).flatten() / 0.1
+    noise = actor.sample(obs, None, g, 0.1).flatten() / 0.1
     assert scipy.stats.kstest(noise.numpy(), "norm").pvalue > 1e-3
 
 
-def test_random_actions_are_a_third_uniform_and_two_thirds_normal_and_follow_the_generator():
-    uniform, *normal = random_actions((50, N, 4), torch.Generator().manual_seed(0), samples=20)
+def test_action_noise_is_one_third_uniform_and_two_normal():
+    uniform, *normal = action_noise((50, N, 4), torch.Generator().manual_seed(0), samples=20)
     assert uniform.shape == normal[0].shape == normal[1].shape == (20, 50, N, 4)
     flat = [x.flatten().numpy() for x in (uniform, *normal)]
     assert scipy.stats.kstest(flat[0], scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
     assert all(scipy.stats.kstest(x, "norm").pvalue > 1e-3 for x in flat[1:])
     assert (np.abs(np.corrcoef(flat) - np.eye(3)) < 0.05).all()
     generators = [torch.Generator().manual_seed(k) for k in (1, 1, 2)]
-    draws = [random_actions((5, N, 4), g) for g in generators]
+    draws = [action_noise((5, N, 4), g) for g in generators]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -208,7 +213,7 @@ def learned_policy(bc_lambda: float, critic) -> torch.Tensor:
     return actor(batch.obs[:1], batch.avail[:1])[0].detach()
 
 
-def test_a_large_lambda_clones_the_data_and_none_follows_the_critic():
+def test_lambda_moves_the_policy_from_critic_to_data():
     critic = make_critic(ACTIONS)
     worth = torch.tensor([0.0, 0.0, 1.0, 0.0, 9.0])  # best of all: an action the data never take
     critic.utilities = lambda obs, state: worth.expand(2, len(obs), N, -1)
@@ -217,7 +222,7 @@ def test_a_large_lambda_clones_the_data_and_none_follows_the_critic():
     assert (cloned - data).abs().max() < 0.05
     assert (learned_policy(1.0, None) - data).abs().max() < 0.05
     greedy = learned_policy(0.0, critic)
-    assert (greedy[:, 2] > 0.95).all() and (greedy[:, FORBIDDEN] == 0).all()
+    assert (greedy[:, 2] > 0.95).all() and (greedy[:, UNAVAILABLE] == 0).all()
     between = learned_policy(1.0, critic)
     assert ((between[:, 2] > cloned[:, 2] + 0.05) & (between[:, 2] < greedy[:, 2] - 0.05)).all()
 
@@ -235,7 +240,7 @@ def test_an_agent_acts_on_its_own_observation_alone(shared):
             assert torch.equal(after[:, i], before[:, i]) == (i != j)
 
 
-def test_separate_actors_share_no_weight_and_a_shared_one_tells_the_agents_apart():
+def test_separate_actors_share_no_weight():
     obs, avail = torch.randn(7, 1, O).expand(-1, 3, -1), torch.ones(7, 3, 4)
     actor = make_actor(4, agents=3, shared=False)
     before = actor(obs, avail)
@@ -266,3 +271,64 @@ def test_the_soft_update_moves_every_parameter_by_the_share_tau():
     soft_update(target, source, 1.0)
     for p, b in zip(target.parameters(), new, strict=True):
         np.testing.assert_allclose(p.detach(), b, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------- MACQL
+
+
+@pytest.mark.parametrize("updates", [0, 4])
+def test_step_sizes_fall_linearly_to_zero(updates):
+    optimizer = torch.optim.Adam(make_actor(2).parameters(), lr=0.1)
+    schedule = linear_decay(optimizer, updates)
+    for done in range(4):
+        expected = 0.1 * (1 - done / 4) if updates else 0.1
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        optimizer.step()
+        schedule.step()
+
+
+def macql(critic=True, **options) -> MACQL:
+    return MACQL(make_actor(ACTIONS), make_critic(ACTIONS) if critic else None, **options)
+
+
+def test_an_update_is_one_step_on_critic_then_actor():
+    """The same by hand, with plain autograd and a fresh Adam for each network."""
+    learner, by_hand = macql(lr=0.01, decay_updates=10), macql(lr=0.01)
+    batch, g = bandit(32, torch.Generator().manual_seed(0)), torch.Generator()
+    is_real = (torch.arange(32) % 2).float()
+    metrics = learner.update(batch, is_real, g)
+    loss, parts = critic_loss(
+        by_hand.critic, by_hand.critic_target, by_hand.actor, batch, is_real, 0.95, 0.1
+    )
+    old_target = copy.deepcopy(by_hand.critic_target)
+    adam = torch.optim.Adam(by_hand.critic.parameters(), lr=0.01, fused=True)
+    loss.backward(inputs=list(by_hand.critic.parameters()))
+    adam.step()
+    soft_update(old_target, by_hand.critic, 0.05)
+    loss, more = policy_loss(by_hand.actor, by_hand.critic, batch, is_real, 0.3)
+    adam = torch.optim.Adam(by_hand.actor.parameters(), lr=0.01, fused=True)
+    loss.backward(inputs=list(by_hand.actor.parameters()))
+    adam.step()
+    soft_update(by_hand.ema_actor, by_hand.actor, 0.005)
+    expected = {f"q_{k}": v for k, v in parts.items()} | {f"pi_{k}": v for k, v in more.items()}
+    assert metrics == expected
+    pairs = [(learner.actor, by_hand.actor), (learner.critic, by_hand.critic)]
+    pairs += [(learner.critic_target, old_target), (learner.ema_actor, by_hand.ema_actor)]
+    for mine, other in pairs:
+        for p, q in zip(mine.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+    assert learner.optimizers["actor"].param_groups[0]["lr"] == pytest.approx(0.009)
+
+
+@pytest.mark.parametrize("critic", [True, False])
+def test_a_learners_state_dict_restores_everything(critic):
+    g, learner, again = torch.Generator().manual_seed(0), *(macql(critic) for _ in range(2))
+    batch, ones = bandit(32, g), torch.ones(32)
+    learner.update(batch, ones, g)
+    again.load_state_dict(copy.deepcopy(learner.state_dict()))
+    a, b = (each.update(batch, ones, g) for each in (learner, again))
+    assert a == b and ("q_td" in a) == critic
+    for mine, other in zip(
+        learner.ema_actor.parameters(), again.ema_actor.parameters(), strict=True
+    ):
+        assert torch.equal(mine, other)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import logo_wm
 from buffer import Batch
-from macql import Actor, Critic, critic_loss, policy_loss, random_actions
+from macql import Actor, Critic, action_noise, critic_loss, policy_loss
 
 B, N, O, S, A = 8, 3, 4, 5, 4  # noqa: E741
 
@@ -25,12 +25,12 @@ MOVES = {  # term -> the sub-networks that its gradient reaches
     "L_d decoder": {"enc_d", "dec_d"},
     "L_Rd": E_P | {"dec_d"},
     "L_ps": {"enc_ps"},
-    "L_over": {"over_head"},
+    "L_done": {"done_head"},
     "L_avail": {"avail_head"},
 }
 NETWORKS = (
     *("enc_state", "enc_obs", "enc_p", "dec_p", "enc_d", "dec_d", "enc_ps"),
-    *("avail_head", "over_head"),
+    *("avail_head", "done_head"),
 )
 
 
@@ -67,7 +67,7 @@ class Terms(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def take_apart(monkeypatch, eq4_input="obs", **options):
+def take_apart(monkeypatch, **options):
     """(model, total, terms with their graphs)."""
     torch.manual_seed(0)
     model = logo_wm.LogoWM(N, O, S, A, hidden=16, **options)
@@ -79,7 +79,7 @@ def take_apart(monkeypatch, eq4_input="obs", **options):
 
     monkeypatch.setattr(logo_wm, "gaussian_nll", listening)
     with Terms() as listener:
-        total, parts = model.loss(make_batch(), eq4_input)
+        total, parts = model.loss(make_batch())
     terms = dict(zip(parts, listener.scalars, strict=True))
     assert all(terms[k].item() == v.item() for k, v in parts.items())
     encoder_p, encoder_d, _ = likelihoods
@@ -100,12 +100,12 @@ def gradients(term, net) -> list[torch.Tensor]:
 @pytest.fixture(scope="module", params=["obs", "next_obs"])
 def apart(request):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        yield take_apart(monkeypatch, request.param)
+        yield take_apart(monkeypatch, eq4_input=request.param)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("term", MOVES)
-def test_a_term_moves_the_sub_networks_of_the_table_and_no_other(apart, term, network):
+def test_a_term_moves_the_networks_of_the_table(apart, term, network):
     model, _, terms = apart
     moved = [bool(g.any()) for g in gradients(terms[term], getattr(model, network))]
     assert moved == [network in MOVES[term]] * len(moved)
@@ -117,7 +117,7 @@ def test_the_table_names_every_sub_network_and_every_term(apart):
     assert set(MOVES) == set(terms)
 
 
-def test_the_gradient_of_the_objective_is_the_sum_of_the_terms_gradients(apart):
+def test_gradient_of_the_loss_is_the_sum_of_its_terms(apart):
     model, total, terms = apart
     whole = gradients(total, model)
     each = [gradients(term, model) for term in terms.values()]
@@ -135,26 +135,11 @@ def test_the_routes_are_the_same_whatever_the_deduction_sees(monkeypatch, deduce
             assert moved == (name in networks), (term, name)
 
 
-def test_the_learned_variance_is_moved_by_the_likelihoods_alone(monkeypatch):
-    model, _, terms = take_apart(monkeypatch, learn_variance=True)
-    outputs = {"L_p": (model.enc_p, O), "L_d": (model.enc_d, N * O)}
-    for name, (net, mean_size) in outputs.items():
-        bias = net[-1].bias
-        for part, moved in (("encoder", True), ("decoder", False)):
-            (g,) = torch.autograd.grad(terms[f"{name} {part}"], bias, retain_graph=True)
-            assert g[..., :mean_size].any()
-            assert bool(g[..., mean_size:].any()) == moved
-    (g,) = torch.autograd.grad(terms["L_Rd"], model.enc_p[-1].bias, retain_graph=True)
-    assert g[..., :O].any() and not g[..., O:].any()
-    (g,) = torch.autograd.grad(terms["L_ps"], model.enc_ps[-1].bias, retain_graph=True)
-    assert g[: S + 1].any() and g[S + 1 :].any()
-
-
-def test_each_agents_prediction_is_moved_by_its_own_observation_and_action_alone():
+def test_predictions_depend_on_own_observation_and_action():
     torch.manual_seed(0)
     model, batch = logo_wm.LogoWM(N, O, S, A, hidden=16), make_batch()
     o, a = batch.obs.clone().requires_grad_(), batch.actions.clone().requires_grad_()
-    o_hat, _ = model.predict(o, a, batch.state)
+    o_hat = model.predict(o, a, batch.state)
     for i in range(N):
         for g in torch.autograd.grad(o_hat[:, i].sum(), (o, a), retain_graph=True):
             assert g[:, i].any()
@@ -166,9 +151,7 @@ def test_using_the_model_leaves_no_graph_behind():
     model, batch = logo_wm.LogoWM(N, O, S, A, hidden=16), make_batch()
     out = model.step(batch.obs, batch.state, batch.actions)
     assert not any(v.requires_grad for v in out.values())
-    rolled = model.imagine(
-        lambda obs, avail, h: batch.actions, batch.obs, batch.state, batch.avail, torch.rand(2, B)
-    )
+    rolled = model.imagine(lambda *_: batch.actions, batch, 2, torch.Generator())
     assert not any(v.requires_grad for v in rolled.values())
 
 
@@ -197,13 +180,11 @@ def fully_moved(net) -> bool:
 @pytest.mark.parametrize("backup", ["policy", "max"])
 @pytest.mark.parametrize("conservative", ["logsumexp", "expectation"])
 @pytest.mark.parametrize("discrete", [True, False])
-def test_the_critics_loss_moves_the_critic_but_neither_actor_nor_target(
-    discrete, conservative, backup
-):
+def test_critic_loss_moves_the_critic_alone(discrete, conservative, backup):
     actor, critic, target, batch, is_real = build_policy(discrete)
     loss, parts = critic_loss(
         critic, target, actor, batch, is_real, 0.99, 1.0,
-        None if discrete else random_actions(batch.actions.shape, torch.Generator()),
+        noise=None if discrete else action_noise(batch.actions.shape, torch.Generator()),
         conservative=conservative, backup=backup,
     )  # fmt: skip
     loss.backward()
@@ -213,7 +194,7 @@ def test_the_critics_loss_moves_the_critic_but_neither_actor_nor_target(
 
 @pytest.mark.parametrize("term", ["value", "cloning"])
 @pytest.mark.parametrize("discrete", [True, False])
-def test_both_terms_of_the_policys_loss_move_the_actor_and_leave_the_critic(discrete, term):
+def test_policy_loss_moves_the_actor_alone(discrete, term):
     actor, critic, _, batch, is_real = build_policy(discrete)
     used, weight = (critic, 0.0) if term == "value" else (None, 1.0)
     loss, parts = policy_loss(actor, used, batch, is_real, weight)
@@ -223,7 +204,7 @@ def test_both_terms_of_the_policys_loss_move_the_actor_and_leave_the_critic(disc
 
 
 @pytest.mark.parametrize("bc_on,reached", [("real", False), ("both", True)])
-def test_cloning_reads_the_actions_of_imagined_rows_only_where_it_is_told_to(bc_on, reached):
+def test_bc_on_chooses_the_rows_that_are_cloned(bc_on, reached):
     actor, _, _, batch, is_real = build_policy(True)
     actions = batch.actions.clone().requires_grad_()
     loss, _ = policy_loss(actor, None, batch._replace(actions=actions), is_real, 1.0, bc_on=bc_on)
@@ -232,15 +213,14 @@ def test_cloning_reads_the_actions_of_imagined_rows_only_where_it_is_told_to(bc_
     assert bool(g[is_real == 0].any()) == reached
 
 
-@pytest.mark.parametrize("option,row", [("conservative_on", "gap"), ("bellman_on", "td")])
 @pytest.mark.parametrize("rows", ["real", "both"])
-def test_the_critic_reads_imagined_rows_only_where_it_is_told_to(option, row, rows):
+def test_bellman_on_chooses_the_rows_of_the_bellman_error(rows):
     actor, critic, target, batch, is_real = build_policy(True)
     other = torch.where(is_real == 0, 5.0, 0.0)
 
     def part(batch):
-        _, parts = critic_loss(critic, target, actor, batch, is_real, 0.99, 1.0, **{option: rows})
-        return parts[row].item()
+        settings = (batch, is_real, 0.99, 1.0)
+        return critic_loss(critic, target, actor, *settings, bellman_on=rows)[1]["td"].item()
 
     changed = batch._replace(state=batch.state + other[:, None], reward=batch.reward + other)
     assert (part(changed) == part(batch)) == (rows == "real")

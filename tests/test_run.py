@@ -1,6 +1,6 @@
 """Whole runs of train.py in miniature: what they write, that they repeat, resume and refuse.
 
-Every run here plays eight battles at a time on 3s_vs_5z, so that the simulator is compiled once.
+Every run here plays eight episodes at a time on 3s_vs_5z, so that the simulator is compiled once.
 """
 
 import dataclasses
@@ -15,11 +15,10 @@ import pytest
 import torch
 from conftest import TINY
 
-import checkpoint
-import run as run_module
+import envs
+import macql
 import train
-
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from experiment import tracking
 
 
 @pytest.fixture
@@ -28,8 +27,7 @@ def go(dataset, tmp_path):
 
     def go(*flags: str, out: str = "run") -> dict:
         given = ["--dataset", str(dataset), "--out", str(tmp_path / out), *flags]
-        (final,) = train.cli([*TINY, *given])
-        return final
+        return train.cli([*TINY, *given])
 
     return go
 
@@ -39,8 +37,11 @@ def scores(final: dict) -> dict:
 
 
 def weights(folder: Path) -> dict:
+    """Every network's tensors in a checkpoint, by name."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    return {f"{m}.{k}": v for m in checkpoint.MODULES for k, v in state[m].items()}
+    nets = {k: v for k, v in state["learner"].items() if not k.endswith(("optimizer", "schedule"))}
+    nets |= {k: state[k] for k in ("bc_actor", "world_model") if k in state}
+    return {f"{name}.{k}": v for name, net in nets.items() for k, v in net.items()}
 
 
 def test_a_run_leaves_complete_results(go, tmp_path):
@@ -71,7 +72,7 @@ def test_a_run_leaves_complete_results(go, tmp_path):
     assert {r.split(",")[0] for r in rows[1:]} == {"clone", "wm", "policy", "eval"}
 
 
-def test_the_same_seed_gives_the_same_scores_and_another_seed_others(go, tmp_path):
+def test_scores_depend_on_the_seed_alone(go, tmp_path):
     first, again, other = go(out="a"), go(out="b"), go("--seed", "2", out="c")
     assert scores(first) == scores(again)
     a, b, c = (weights(tmp_path / x) for x in "abc")
@@ -80,15 +81,15 @@ def test_the_same_seed_gives_the_same_scores_and_another_seed_others(go, tmp_pat
 
 
 @pytest.mark.parametrize("steps", [[0], [3], [9], [12, 5], [17], [18, 3, 3], [21]])
-def test_a_run_killed_anywhere_and_resumed_ends_as_if_nothing_had_happened(
-    go, tmp_path, monkeypatch, steps
-):
+def test_a_killed_and_resumed_run_ends_the_same(go, tmp_path, monkeypatch, steps):
     """Killed, once or more, after so many gradient steps: 6 of the clone, 4 of the model, 12.
 
-    D_m's ring of two collections wraps around, since every update of the policy plays one.
+    D_m's ring of two collections wraps around, since every update of the policy adds one.
     """
-    wrapping = ("--collect-every", "1")
-    whole, descend = go(*wrapping, out="whole"), run_module.descend
+    monkeypatch.setattr(tracking, "CHECKPOINT_SHARE", math.inf)  # after every update
+    monkeypatch.setattr(tracking, "LOG_EVERY", 2)
+    wrapping = ("--rollout-interval", "1")
+    whole, descend = go(*wrapping, out="whole"), macql.descend
     for life, left in enumerate(steps):
         done = [0]
 
@@ -99,33 +100,43 @@ def test_a_run_killed_anywhere_and_resumed_ends_as_if_nothing_had_happened(
             descend(*arguments)
 
         monkeypatch.setattr(train, "descend", dying)
+        monkeypatch.setattr(macql, "descend", dying)
         with pytest.raises(KeyboardInterrupt):
             go(*wrapping, *(["--resume"] if life else []), out="killed")
         assert not (tmp_path / "killed" / "final.json").exists()
     monkeypatch.setattr(train, "descend", descend)
+    monkeypatch.setattr(macql, "descend", descend)
     resumed = go(*wrapping, "--resume", out="killed")
     assert scores(resumed) == scores(whole)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     rows = [(tmp_path / x / "metrics.csv").read_text() for x in ("whole", "killed")]
     assert rows[0] == rows[1]
 
 
+def test_checkpoints_are_due_by_their_cost(go, monkeypatch):
+    saved, save = [], tracking.Run.save
+    monkeypatch.setattr(tracking.Run, "save", lambda run: (saved.append(1), save(run)))
+    monkeypatch.setattr(tracking, "CHECKPOINT_SHARE", 0.0)  # at the start and after each phase
+    go()
+    assert len(saved) == 4
+
+
 FLAGS = [
     "--deduce-from obs", "--deduce-from obs+state", "--eq4-input next_obs", "--no-heads",
-    "--no-clamp", "--learn-variance", "--retain 0", "--uncertainty penalty", "--uncertainty none",
-    "--mixing coin", "--no-lr-decay --average 0", "--no-shared-actor", "--critics 1",
-    "--conservative expectation", "--conservative-on real", "--backup max", "--bellman-on real",
-    "--bc-on both", "--normalise-q", "--wm-weight-decay 1.0", "--synthetic-fraction 0",
-    "--synthetic-fraction 1", "--no-warm-start", "--epsilon 0", "--u-scale 2",
-    "--cql-alpha 9", "--bc-lambda 9", "--cap 0.01", "--gamma 0.5",
-    "--tau 0.5", "--rollouts 4", "--batch-size 8", "--lr 0.01", "--wm-lr 0.01", "--hidden 8",
-    "--wm-hidden 8", "--wm-batch-size 8", "--horizon 1", "--collect-every 1",
+    "--no-clamp", "--model-retain 0", "--uncertainty penalty", "--uncertainty none",
+    "--no-lr-decay --ema-decay 0", "--no-shared-actor", "--critics 1",
+    "--conservative expectation", "--backup max", "--bellman-on real", "--bc-on both",
+    "--normalise-q", "--wm-weight-decay 1.0", "--synthetic-fraction 0", "--synthetic-fraction 1",
+    "--no-warm-start", "--epsilon 0", "--u-scale 2", "--cql-alpha 9", "--bc-lambda 9",
+    "--cap 0.01", "--gamma 0.5", "--tau 0.5", "--rollout-batch-size 4", "--batch-size 8",
+    "--lr 0.01", "--hidden 8", "--wm-batch-size 8", "--horizon 1", "--rollout-interval 1",
+    "--wm-updates 3", "--paper",
 ]  # fmt: skip
 
 
 def test_every_flag_that_branches_runs_and_has_an_effect(go, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.report, "draw", lambda run, final: None)  # takes a second each
+    monkeypatch.setattr(train.report, "draw", lambda *_: None)  # takes a second each
     go(out="plain")
     plain, results = weights(tmp_path / "plain"), {}
     for i, flags in enumerate(FLAGS):
@@ -139,7 +150,7 @@ def test_every_flag_that_branches_runs_and_has_an_effect(go, tmp_path, monkeypat
     assert all(results.values()), f"without effect: {[k for k, v in results.items() if not v]}"
 
 
-def test_without_the_model_the_program_is_macql_and_without_the_critic_cloning(go, tmp_path):
+def test_without_model_it_is_macql_without_critic_cloning(go, tmp_path):
     macql = go("--synthetic-fraction", "0", out="macql")
     assert macql["world_model"] is None and macql["time"]["wm_updates_per_s"] == 0
     clone = go("--synthetic-fraction", "0", "--critic", "none", out="bc")
@@ -147,11 +158,38 @@ def test_without_the_model_the_program_is_macql_and_without_the_critic_cloning(g
     assert "q_td" not in rows and "pi_bc" in rows and clone["world_model"] is None
 
 
-def test_the_readme_command_for_the_letter_of_the_paper_runs(go):
-    command = re.search(r"```\n(python train\.py[^`]*--deduce-from obs [^`]*)```", README).group(1)
-    flags = shlex.split(command.replace("\\\n", " "))[2:]
-    final = go(*flags, "--updates", "4", "--wm-updates", "2", "--retain", "0", out="letter")
-    assert final["args"]["deduce_from"] == "obs" and not final["args"]["heads"]
+def test_paper_sets_the_literal_reading_and_flags_still_count(go, tmp_path):
+    final = go("--paper", "--gamma", "0.9", "--no-warm-start", "--critics", "3")
+    args = final["args"]
+    expected = train.PAPER | {"model_retain": 2, "u_scale": 5.0, "gamma": 0.9, "critics": 3}
+    assert {k: args[k] for k in expected} == expected  # TINY gives the first two itself
+    assert final["rollout"]["finite"]
+
+
+def test_every_deviation_has_a_literal_value():
+    changed = {f for f, v in train.PAPER.items() if getattr(train.Args(), f) != v}
+    robots = {f for f, v in train.PAPER.items() if getattr(train.defaults("Ant-2x4"), f) != v}
+    assert changed | robots == set(train.PAPER)
+    help_texts = re.findall(
+        r'^    (\w+): [^\n]*\n    """(D\d+)', Path(train.__file__).read_text(), re.M
+    )
+    assert {flag for flag, _ in help_texts} == set(train.PAPER)
+
+
+@pytest.mark.parametrize("env_id", ["3s_vs_5z", "Ant-4x2"])
+def test_defaults_follow_the_kind_of_action(env_id):
+    args, literal = train.defaults(env_id), train.defaults(env_id, paper=True)
+    if envs.is_robot(env_id):
+        for flag, value in train.CONTINUOUS.items():
+            assert getattr(args, flag) == value != getattr(train.Args(), flag), flag
+        assert args.episodes == 200
+    else:
+        assert args == train.Args(env_id)
+    assert all(getattr(literal, flag) == value for flag, value in train.PAPER.items())
+
+
+def test_there_are_at_most_fifty_flags():
+    assert len(dataclasses.fields(train.Args)) <= 50
 
 
 def test_the_model_keeps_to_the_range_and_the_rules_of_the_data(go):
@@ -168,7 +206,6 @@ BAD = {
     "--synthetic-fraction 1.5": "--synthetic-fraction is 1.5",
     "--synthetic-fraction nan": "--synthetic-fraction is nan",
     "--synthetic-fraction 0.01": "less than a row",
-    "--holdout 1.5": "--holdout is 1.5",
     "--lr -0.1": "--lr is -0.1",
     "--gamma inf": "--gamma is inf",
     "--u-scale 0": "--u-scale is 0",
@@ -176,9 +213,7 @@ BAD = {
     "--env-id 2s3z": "recorded on 3s_vs_5z",
     "--dataset nothing.h5": "nothing.h5",
     "--resume": "no checkpoint",
-    "--checkpoint-every 3 --log-every 2": "multiple",
-    "--lr 1e30 --critics 1": "not finite",
-    "--wm-lr 1e30": "not finite",
+    "--lr 1e30": "not finite",
 }
 
 
@@ -215,10 +250,20 @@ def test_a_broken_checkpoint_is_refused(go, tmp_path):
         go("--resume")
 
 
-def test_a_large_seed_plays_and_a_diverging_model_stops(go):
+def test_a_large_seed_plays(go):
     assert math.isfinite(go("--seed", "123456789")["eval"]["return_mean"])
-    with pytest.raises(SystemExit, match="not finite"):
-        go("--no-clamp", "--wm-lr", "1e18", "--no-lr-decay")
+
+
+def test_a_diverging_rollout_stops_the_run(go, monkeypatch):
+    imagine = train.LogoWM.imagine
+
+    def diverging(*args):
+        rollout = imagine(*args)
+        return rollout | {"uncertainty": rollout["uncertainty"] * math.nan}
+
+    monkeypatch.setattr(train.LogoWM, "imagine", diverging)
+    with pytest.raises(SystemExit, match="update 1: effective_share is not finite"):
+        go()
 
 
 def test_a_dataset_with_nan_is_refused(go, dataset, tmp_path):
@@ -239,7 +284,7 @@ def test_a_dataset_of_other_sizes_is_refused(go, dataset, tmp_path):
         go("--dataset", str(nameless), "--env-id", "2s3z")
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_any_work(go, tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused_first(go, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(SystemExit, match="train.py"):
         go(out="file/run")

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import speed
+
 import train
 
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,215 @@
+"""Every table of results, made from results/runs.csv alone: the same rows give the same text.
+
+A cell is a task, a simulator and a quality of the data; scores of different simulators never
+share a line. Means are over seeds, ± is half of a 95 % interval over seeds by Student's t.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import numpy as np
+
+from behaviour import Quality
+from benchmark.grid import METHODS
+from benchmark.markdown import fill_files, table
+from benchmark.rows import ROOT, RUNS, SPEED, Result, read
+from benchmark.speed_tables import speed_tables
+from benchmark.timing import Row
+from envs import PAPER_MUJOCO, PAPER_SMAC
+from experiment.report import over_seeds
+
+TEXTS = tuple(ROOT / name for name in ("README.md", "results/README.md", "docs/speed.md"))
+BOOTSTRAP_DRAWS = 10_000
+NAMES = {"logo": "LOGO", "macql": "MACQL", "bc": "cloning"}  # a method that is not here: its key
+
+
+class Cell(NamedTuple):
+    """What is the same for all runs that may be compared."""
+
+    env_id: str
+    backend: str
+    quality: str
+
+
+Runs = dict[int, Result]  # by seed
+Groups = dict[tuple[Cell, str, str], Runs]  # by cell, variant, method
+
+
+def group(rows: Iterable[Result]) -> Groups:
+    """Runs that differ in nothing but the seed, in an order that does not depend on the rows'."""
+    tasks, qualities = PAPER_SMAC + PAPER_MUJOCO, get_args(Quality)
+
+    def order(row: Result) -> tuple:
+        def place(value: str, known: Iterable[str]) -> tuple:  # known ones first
+            known = list(known)
+            return known.index(value) if value in known else len(known), value
+
+        return (
+            *place(row.env_id, tasks), row.backend, *place(row.quality, qualities), row.variant,
+            *place(row.method, METHODS), row.seed,
+        )  # fmt: skip
+
+    groups: Groups = {}
+    for row in sorted(rows, key=order):
+        cell = Cell(row.env_id, row.backend, row.quality)
+        groups.setdefault((cell, row.variant, row.method), {})[row.seed] = row
+    return groups
+
+
+def over(runs: Runs, value: str, digits: int = 2) -> str:
+    """Mean ± interval over seeds of a column of `Result`; empty where a run has no value."""
+    return over_seeds([getattr(row, value) for row in runs.values()], digits)
+
+
+def win_rate(runs: Runs) -> str:
+    wins = [row.win_rate for row in runs.values()]
+    return "" if None in wins else f"{np.mean(wins):.0%}"
+
+
+def data_return(runs: Runs) -> str:
+    return f"{np.mean([row.data_return for row in runs.values()]):.2f}"
+
+
+def paired_difference(a: Runs, b: Runs) -> tuple[list[float], tuple[float, float] | None]:
+    """Return of `a` minus return of `b`, by seed, over the seeds that both have.
+
+    Returns:
+        The differences, and the 95 % interval of their mean by the percentile bootstrap with a
+        fixed random seed; None where fewer than two seeds are common.
+    """
+    seeds = [seed for seed in a if seed in b]
+    pairs = [(a[seed].return_mean, b[seed].return_mean) for seed in seeds]
+    differences = [x - y for x, y in pairs if x is not None and y is not None]
+    if len(differences) < 2:
+        return differences, None
+    shape = (BOOTSTRAP_DRAWS, len(differences))
+    means = np.random.default_rng(0).choice(differences, shape).mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return differences, (float(low), float(high))
+
+
+def comparison(groups: Groups) -> str:
+    """One line per cell, all methods with their defaults side by side."""
+    cells: dict[Cell, dict[str, Runs]] = {}
+    for (cell, variant, method), runs in groups.items():
+        if variant == "" and cell.backend != "offline":
+            cells.setdefault(cell, {})[method] = runs
+    methods = [m for m in METHODS if any(m in by_method for by_method in cells.values())]
+    lines = []
+    for cell, by_method in cells.items():
+        first = next(iter(by_method.values()))
+        scores = [over(by_method[m], "return_mean") if m in by_method else "" for m in methods]
+        wins = [win_rate(by_method[m]) if m in by_method else "" for m in methods]
+        both = [f"{s} ({w})" if w else s for s, w in zip(scores, wins, strict=True)]
+        lines.append([*cell, len(first), *both, over(first, "clone_return"), data_return(first)])
+    header = ["task", "simulator", "data", "seeds", *(NAMES.get(m, m) for m in methods)]
+    return table([*header, "behaviour cloning", "data's return"], lines)
+
+
+def scores(groups: Groups) -> str:
+    """One line per group: returns, wins, behaviour cloning of the same runs, data."""
+    lines = []
+    for (cell, variant, method), runs in groups.items():
+        line = [*cell, NAMES.get(method, method), code(variant), len(runs)]
+        if cell.backend == "offline":
+            lines.append([*line, "not evaluated", "", "", data_return(runs), 0])
+            continue
+        line += [over(runs, "return_mean"), win_rate(runs), over(runs, "clone_return")]
+        episodes = min(row.episodes for row in runs.values())
+        lines.append([*line, data_return(runs), episodes])
+    return table(
+        ["task", "simulator", "data", "method", "flags", "seeds", "return", "win rate",
+         "behaviour cloning", "data's return", "episodes per seed"],
+        lines,
+    )  # fmt: skip
+
+
+def differences(groups: Groups) -> str:
+    """One line per cell and variant that both LOGO and MACQL have: the gain, seed by seed."""
+    lines = []
+    for (cell, variant, method), runs in groups.items():
+        other = groups.get((cell, variant, "macql"))
+        if method != "logo" or not other:
+            continue
+        by_seed, interval = paired_difference(runs, other)
+        if by_seed:
+            mean = f"{np.mean(by_seed):+.2f}"
+            bounds = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else ""
+            each = ", ".join(f"{x:+.2f}" for x in by_seed)
+            lines.append([*cell, code(variant), len(by_seed), mean, bounds, each])
+    return table(
+        ["task", "simulator", "data", "flags", "seeds", "LOGO - MACQL", "95 % interval",
+         "by seed"],
+        lines,
+    )  # fmt: skip
+
+
+def world_model(groups: Groups) -> str:
+    """One line per group that trained a world model: its one-step errors."""
+    lines = []
+    for (cell, variant, method), runs in groups.items():
+        if all(row.state_mse is not None for row in runs.values()):
+            states = ("state_mse", "direct_state_mse", "persistence_state_mse")
+            rewards = ("reward_mse", "direct_reward_mse")
+            lines.append([
+                *cell, NAMES.get(method, method), code(variant), len(runs),
+                *(over(runs, name, 4) for name in states),
+                *(over(runs, name, 3) for name in rewards),
+                over(runs, "u_error_spearman"),
+            ])  # fmt: skip
+    return table(
+        ["task", "simulator", "data", "method", "flags", "seeds", "s' deduced", "s_hat direct",
+         "nothing changes", "r' deduced", "r_hat direct", "rank correlation of u"],
+        lines,
+    )  # fmt: skip
+
+
+def origin(groups: Groups) -> str:
+    """One line per group: how its numbers were made."""
+
+    def values(runs: Runs, value: Callable[[Result], object]) -> str:
+        return ", ".join(map(str, dict.fromkeys(value(row) for row in runs.values())))
+
+    lines = []
+    for (cell, variant, method), runs in groups.items():
+        minutes = [row.total_s / 60 for row in runs.values()]
+        lines.append([
+            *cell, NAMES.get(method, method), code(variant), values(runs, lambda row: row.seed),
+            values(runs, lambda row: row.updates), f"{np.mean(minutes):.0f}",
+            values(runs, lambda row: row.commit), values(runs, lambda row: row.machine),
+            code(next(iter(runs.values())).command),
+        ])  # fmt: skip
+    return table(
+        ["task", "simulator", "data", "method", "flags", "seeds", "updates", "minutes per run",
+         "commit", "machine", "command of the first seed"],
+        lines,
+    )  # fmt: skip
+
+
+def code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def results_tables(rows: list[Result]) -> dict[str, str]:
+    """All tables of results by the names that the texts' markers use."""
+    groups = group(rows)
+    makers = (comparison, scores, differences, world_model, origin)
+    return {make.__name__.replace("_", "-"): make(groups) for make in makers}
+
+
+def tables(results: Path = RUNS, timings: Path = SPEED, write: bool = False) -> None:
+    """Print all tables, or write them into README.md, results/README.md and docs/speed.md.
+
+    Args:
+        results: file of finished runs, as `grid` writes it
+        timings: file of measurements, as `speed` writes it
+        write: replace the text between `<!-- table: NAME -->` and `<!-- /table -->` instead
+    """
+    made = results_tables(read(results, Result))
+    made["speed"] = speed_tables(read(timings, Row))
+    if write:
+        for path in fill_files(TEXTS, made):
+            print(f"wrote {path.relative_to(ROOT)}")
+    else:
+        print("\n\n".join(f"## {name}\n\n{text}" for name, text in made.items()))

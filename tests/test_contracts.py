@@ -1,0 +1,140 @@
+"""train.main takes any learner and any world model that keep the contracts, and compiles them."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import TINY
+from test_sync import make_data
+
+import macql
+import train
+from buffer import SyntheticBuffer, mix
+
+
+class CloningLearner:
+    """The smallest learner: it clones the rows that it gets and has no critic."""
+
+    def __init__(self, args, spec, data):
+        x = data.statistics()
+        self.actor = macql.Actor(x["obs_mean"], x["obs_std"], spec.action_dim, args.hidden)
+        self.ema_actor = copy.deepcopy(self.actor)
+        self.optimizer = torch.optim.SGD(self.actor.parameters(), lr=0.1)
+
+    def update(self, batch, is_real, generator):
+        assert isinstance(generator, torch.Generator)
+        assert is_real.tolist() == [1.0] * 8 + [0.0] * 8
+        distance = (self.actor(batch.obs, batch.avail) - batch.actions).square().mean()
+        self.optimizer.zero_grad()
+        distance.backward()
+        self.optimizer.step()
+        self.ema_actor.load_state_dict(self.actor.state_dict())
+        return {"distance": distance.detach()}
+
+    def state_dict(self):
+        return {"actor": self.actor.state_dict()}
+
+    def load_state_dict(self, state):
+        self.actor.load_state_dict(state["actor"])
+        self.ema_actor.load_state_dict(state["actor"])
+
+
+class NextStateModel(nn.Module):
+    """The smallest world model: a linear change of the state; everything else stays as it is."""
+
+    def __init__(self, args, spec, data):
+        super().__init__()
+        self.change = nn.Linear(spec.state_dim, spec.state_dim)
+
+    def loss(self, batch):
+        error = (batch.state + self.change(batch.state) - batch.next_state).square().mean()
+        return error, {"error": error.detach()}
+
+    @torch.no_grad()
+    def imagine(self, policy, starts, horizon, generator):
+        states, actions = [starts.state], []
+        for _ in range(horizon):
+            actions.append(policy(starts.obs, starts.avail, generator))
+            states.append(states[-1] + self.change(states[-1]))
+        zeros = torch.zeros(horizon, len(starts.reward))
+        return {
+            "obs": starts.obs.expand(horizon + 1, -1, -1, -1), "state": torch.stack(states),
+            "avail": starts.avail.expand(horizon + 1, -1, -1, -1), "actions": torch.stack(actions),
+            "reward": zeros, "terminated": zeros, "uncertainty": zeros, "valid": zeros + 1,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", ["learner", "world_model", "both"])
+def test_stand_ins_train_end_to_end(parts, dataset, tmp_path):
+    given = {"learner": CloningLearner, "world_model": NextStateModel}
+    given = given if parts == "both" else {parts: given[parts]}
+    flags = [*TINY, "--dataset", str(dataset), "--out", str(tmp_path / "run")]
+    final = train.cli(flags, **given, method="stand-in")
+    assert final["method"] == "stand-in" and 0 <= final["eval"]["return_mean"] <= 20
+    assert final["world_model"]["state_mse"] > 0
+    metrics = (tmp_path / "run" / "metrics.csv").read_text()
+    assert ("policy,6,distance" in metrics) == ("learner" in given)
+    assert ("wm,4,error" in metrics) == ("world_model" in given)
+
+
+# --------------------------------------------------------------------------------- torch.compile
+
+
+def trained(discrete: bool, backend: str | None, updates: int = 20) -> tuple[dict, list]:
+    """State and metrics after training as in train.main, compiled or not."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    data, spec = make_data(discrete)
+    args = train.Args(hidden=8, updates=updates, wm_updates=updates)
+    model, learner = (f(args, spec, data) for f in (train.make_world_model, train.make_learner))
+    for part in (model, learner) if backend else ():
+        for name in part.compilable:
+            setattr(part, name, torch.compile(getattr(part, name), backend=backend))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model_data = SyntheticBuffer(2, 3, 8, *spec[2:6], "cpu", discrete)
+    rng, noted = torch.Generator().manual_seed(0), []
+    for k in range(updates):
+        loss, metrics = model.loss(data.sample(16, rng))
+        macql.descend(optimizer, loss)
+        if k % 5 == 0:
+            model_data.add(model.imagine(learner.actor.sample, data.sample(8, rng), 3, rng))
+        batch, is_real = mix(data.sample(8, rng), model_data.sample(8, rng))
+        metrics |= learner.update(batch, is_real, rng)
+        noted.append(torch.stack(list(metrics.values())))
+    state = {"model": model.state_dict(), "actor": learner.actor.state_dict()}
+    return state | {"critic": learner.critic.state_dict()}, noted
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_traced_and_eager_training_are_equal(discrete):
+    """What torch.compile traces, without the C++ that it would write (which takes a minute)."""
+    (traced, noted), (eager, plain) = (trained(discrete, x) for x in ("aot_eager", None))
+    torch.testing.assert_close(torch.stack(noted), torch.stack(plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler"
+)
+def test_compiled_and_eager_cloning_are_equal():
+    """The smallest loss, all the way to the C++."""
+    torch.compiler.reset()
+    data, spec = make_data(True)
+    learner = train.make_learner(train.Args(hidden=8), spec, data)
+    batch = data.sample(16, torch.Generator().manual_seed(0))
+    compiled = torch.compile(macql.policy_loss)
+    ones = torch.ones(16)
+    for _ in range(2):
+        losses = [
+            f(learner.actor, None, batch, ones, 1.0)[0] for f in (compiled, macql.policy_loss)
+        ]
+        grads = [torch.autograd.grad(x, list(learner.actor.parameters())) for x in losses]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*grads)
+        with torch.no_grad():
+            for p, g in zip(learner.actor.parameters(), grads[0], strict=True):
+                p -= 0.1 * g
+    assert F.relu(losses[0]) > 0
