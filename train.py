@@ -283,6 +283,11 @@ def main(
             with run.timed("imagine"):
                 starts = data.sample(args.rollout_batch_size, rng)
                 rollout = world_model.imagine(explore, starts, args.horizon, rng)
+                if not rollout["uncertainty"].isfinite().all():
+                    raise FloatingPointError(
+                        f"Phase 2, policy update {k + 1}: the uncertainty of imagined steps is not "
+                        "finite, rollouts diverge (--clamp keeps them in the range of the data)."
+                    )
                 if args.uncertainty == "penalty":
                     rollout["reward"] -= rollout["uncertainty"] / args.u_scale  # Eq. (1)
                 model_data.add(rollout)  # with P_u, the sampling weights of Eq. (7)
