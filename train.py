@@ -205,10 +205,12 @@ def main(
 
     Args:
         args: the flags; `defaults` gives those of a task.
-        learner: (args, spec, data) -> .actor, .ema_actor, .update(batch, is_real, generator) ->
-            metrics, .state_dict(), .load_state_dict(), as `MACQL` has them.
-        world_model: (args, spec, data) -> nn.Module with .loss(batch) -> (scalar, metrics) and
-            .imagine(policy, starts, horizon, generator) -> rollout, as `LogoWM` has them.
+        learner: builds the learner from (args, spec, data): any object with .actor, .ema_actor,
+            .update(batch, is_real, generator) -> metrics, .state_dict() and .load_state_dict(), as
+            `MACQL` has them.
+        world_model: builds the world model from (args, spec, data): an nn.Module with
+            .loss(batch) -> (scalar, metrics) and .imagine(policy, starts, horizon, generator) ->
+            rollout, as `LogoWM` has them.
         method: name of the method in the run's folder and report; None: logo, macql or bc.
     Raises:
         ValueError, OSError, ImportError: one sentence about a flag, a file or a missing package.
@@ -217,9 +219,7 @@ def main(
     setup.check_args(args)
     device, method = setup.choose_device(args), method or setup.method(args)
     path = setup.find_dataset(args)  # recorded now if there is none
-    data, metadata = load_dataset(
-        path, holdout=0.05, seed=0, device=device, env_id=args.env_id
-    )  # D
+    data, metadata = load_dataset(path, 0.05, 0, device, args.env_id)  # D, 5 % of it held out
     setup.announce(args, device, metadata, method)
     env, spec = setup.choose_simulator(args, data, metadata)  # env None: nothing plays this task
     setup.check_memory(args, spec, device)
@@ -229,25 +229,24 @@ def main(
     # Networks and optimisers
     torch.manual_seed(args.seed)
     rng = torch.Generator(device).manual_seed(args.seed)  # of batches and rollouts
-    decay = (args.wm_updates, args.updates) if args.lr_decay else (0, 0)
-    learner, parts = learner(args, spec, data), {"rng": rng}
+    learner = learner(args, spec, data)  # pi and Q
     bc_actor = copy.deepcopy(learner.actor)  # the cloned policy of the data
     bc_optimizer = torch.optim.Adam(bc_actor.parameters(), lr=args.lr, fused=True)
-    bc_schedule = linear_decay(bc_optimizer, decay[1])
-    parts |= {"learner": learner, "bc_actor": bc_actor}
-    parts |= {"bc_optimizer": bc_optimizer, "bc_schedule": bc_schedule}
+    bc_schedule = linear_decay(bc_optimizer, args.updates if args.lr_decay else 0)
+    state = {"rng": rng, "learner": learner, "bc_actor": bc_actor}  # what a checkpoint holds
+    state |= {"bc_optimizer": bc_optimizer, "bc_schedule": bc_schedule}
     if n_synthetic:
-        world_model = world_model(args, spec, data)
+        world_model = world_model(args, spec, data)  # M_p and M_d
         wm_optimizer = torch.optim.AdamW(
             world_model.parameters(), args.lr, weight_decay=args.wm_weight_decay, fused=True
         )  # Deviation D15
-        wm_schedule = linear_decay(wm_optimizer, decay[0])
+        wm_schedule = linear_decay(wm_optimizer, args.wm_updates if args.lr_decay else 0)
         model_data = SyntheticBuffer(  # D_m
             setup.kept_collections(args), args.horizon, args.rollout_batch_size, *spec[2:6],
             device, spec.discrete, args.cap, args.u_scale, args.uncertainty == "weight",
         )  # fmt: skip
-        parts |= {"world_model": world_model, "wm_optimizer": wm_optimizer}
-        parts |= {"wm_schedule": wm_schedule, "model_data": model_data}
+        state |= {"world_model": world_model, "wm_optimizer": wm_optimizer}
+        state |= {"wm_schedule": wm_schedule, "model_data": model_data}
     if args.compile:  # the same code; on a GPU with fewer kernel launches
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         for part in (learner, world_model) if n_synthetic else (learner,):
@@ -255,7 +254,7 @@ def main(
                 setattr(part, name, torch.compile(getattr(part, name), mode=mode))
 
     run = Run(args, spec, metadata, device, method)
-    run.start(**parts)  # afresh, or with --resume from the checkpoint
+    run.start(**state)  # afresh, or with --resume from the checkpoint
 
     # Phase 0, ours: behaviour cloning with as many updates as the policy gets
     for _ in run.phase("clone", "Phase 0: clone the data", args.updates):
@@ -283,11 +282,7 @@ def main(
             with run.timed("imagine"):
                 starts = data.sample(args.rollout_batch_size, rng)
                 rollout = world_model.imagine(explore, starts, args.horizon, rng)
-                if not rollout["uncertainty"].isfinite().all():
-                    raise FloatingPointError(
-                        f"Phase 2, policy update {k + 1}: the uncertainty of imagined steps is not "
-                        "finite, rollouts diverge (--clamp keeps them in the range of the data)."
-                    )
+                run.check_rollout(rollout, k + 1)  # stops where rollouts diverge
                 if args.uncertainty == "penalty":
                     rollout["reward"] -= rollout["uncertainty"] / args.u_scale  # Eq. (1)
                 model_data.add(rollout)  # with P_u, the sampling weights of Eq. (7)

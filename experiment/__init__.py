@@ -1,10 +1,10 @@
 """One run of train.py: its flags checked, its folder, metrics and checkpoint, its report.
 
-  setup        flags checked; data, device and simulator chosen
-  tracking     class Run: progress bars, metrics.csv, TensorBoard, checkpoint.pt
-  diagnostics  errors of the world model; what can be said of a policy without playing it
-  report       the closing table, run.png and final.json; tables over several runs
-  watch        a GIF of a run's policy
+setup        flags checked; data, device and simulator chosen
+tracking     class Run: progress bars, metrics.csv, TensorBoard, checkpoint.pt
+diagnostics  errors of the world model; what can be said of a policy without playing it
+report       the closing table, run.png and final.json; tables over several runs
+watch        a GIF of a run's policy
 
-  python -m experiment watch RUN          python -m experiment report RUN...
+python -m experiment watch RUN          python -m experiment report RUN...
 """

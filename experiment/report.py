@@ -164,7 +164,7 @@ def table(final: dict, folder: Path) -> str:
         if s:
             lines.append(row(label, s["return_mean"], s["return_ci95"], s["win_rate"]))
     if not score:
-        lines.append("no simulator plays this task here: the policy was not evaluated")
+        lines.append("no simulator plays this task here: no episode was played, no score is known")
         lines += [f"{k:24}{v:8.3f}" for k, v in final["offline"].items()]
     if final["world_model"]:
         lines += model_lines(final["world_model"])

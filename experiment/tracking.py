@@ -139,6 +139,18 @@ class Run:
         self.seconds[name] += took
         self._aside += took
 
+    def check_rollout(self, rollout: dict[str, torch.Tensor], update: int) -> None:
+        """Refuse imagined steps whose uncertainty is not finite; reads from the GPU once.
+
+        Raises:
+            FloatingPointError: the world model's rollouts diverge.
+        """
+        if not rollout["uncertainty"].isfinite().all():
+            raise FloatingPointError(
+                f"Phase 2, policy update {update}: the uncertainty of imagined steps is not "
+                "finite: rollouts diverge (--clamp keeps them in the range of the data)."
+            )
+
     # ------------------------------------------------------------------------------- metrics
 
     def _look(self, title: str, done: int) -> dict[str, float]:

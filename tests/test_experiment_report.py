@@ -237,7 +237,7 @@ def test_without_a_simulator_nothing_is_evaluated(end, capsys):
     final = end(None, env=None, evaluations=0)
     assert final["eval"] is None and final["clone"] is None and final["backend"] == "offline"
     printed = capsys.readouterr().out
-    assert "the policy was not evaluated" in printed and "action_agreement" in printed
+    assert "no episode was played" in printed and "action_agreement" in printed
 
 
 def test_without_a_model_or_critic_their_measures_are_absent(end, tmp_path, capsys):
