@@ -15,6 +15,7 @@ import argparse
 import copy
 import dataclasses
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -216,6 +217,7 @@ def main(
         ValueError, OSError, ImportError: one sentence about a flag, a file or a missing package.
         FloatingPointError: training diverged.
     """
+    started = time.time()
     setup.check_args(args)
     device, method = setup.choose_device(args), method or setup.method(args)
     path = setup.find_dataset(args)  # recorded now if there is none
@@ -253,7 +255,7 @@ def main(
             for name in part.compilable:
                 setattr(part, name, torch.compile(getattr(part, name), mode=mode))
 
-    run = Run(args, spec, metadata, device, method)
+    run = Run(args, spec, metadata, device, method, started)
     run.start(**state)  # afresh, or with --resume from the checkpoint
 
     # Phase 0, ours: behaviour cloning with as many updates as the policy gets

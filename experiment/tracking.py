@@ -1,6 +1,6 @@
 """One run while it trains: progress bars, metrics.csv, TensorBoard and checkpoint.pt.
 
-    run = Run(args, spec, metadata, device, method="logo")
+    run = Run(args, spec, metadata, device, method="logo", started=time.time())
     run.start(world_model=world_model, learner=learner, rng=rng)   # or goes on where it stopped
     for k in run.phase("wm", "Phase 1: world model", 3000):
         ...one update...
@@ -41,12 +41,15 @@ class Run:
 
     Args:
         args: train.Args. spec, metadata: of the environment and of the data. device: of training.
-        method: name for the folder and the report.
+        method: name for the folder and the report. started: of the run, in time.time()'s seconds.
     """
 
-    def __init__(self, args, spec: envs.Spec, metadata: dict, device: torch.device, method: str):
+    def __init__(
+        self, args, spec: envs.Spec, metadata: dict, device: torch.device, method: str,
+        started: float,
+    ):  # fmt: skip
         self.args, self.spec, self.metadata, self.device = args, spec, metadata, device
-        self.method, self.started = method, time.time()
+        self.method, self.started = method, started
         source = args.quality
         if args.dataset:  # many public files have the same name
             source = f"{args.dataset.resolve().stem}-{metadata['sha256'][:6]}"
@@ -101,7 +104,8 @@ class Run:
             mininterval=0.2 if sys.stderr.isatty() else 20,
         )  # fmt: skip
         for k in self._bar:
-            torch.compiler.cudagraph_mark_step_begin()  # for --compile on a GPU
+            if self.args.compile and self.device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
             yield k
             self.progress[name] = k + 1
             if (k + 1) % LOG_EVERY == 0 or k + 1 == total:
