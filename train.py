@@ -250,9 +250,10 @@ def main(
         state |= {"world_model": world_model, "wm_optimizer": wm_optimizer}
         state |= {"wm_schedule": wm_schedule, "model_data": model_data}
     if args.compile:  # the same code; on a GPU with fewer kernel launches
-        mode = "reduce-overhead" if device.type == "cuda" else "default"
         for part in (learner, world_model) if n_synthetic else (learner,):
-            for name in part.compilable:
+            for name in part.compilable:  # no CUDA graph of a step, whose output is its next input
+                graph = device.type == "cuda" and name != "step"
+                mode = "reduce-overhead" if graph else "default"
                 setattr(part, name, torch.compile(getattr(part, name), mode=mode))
 
     run = Run(args, spec, metadata, device, method, started)

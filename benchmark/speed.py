@@ -187,9 +187,9 @@ def training(clock: Clock, mode: str, quick: bool) -> list[Row]:
         args.model_retain, args.horizon, args.rollout_batch_size, n, o, s, a, device
     )
     if mode == "compiled":
-        how = "reduce-overhead" if device.type == "cuda" else "default"
         for part in (world_model, learner):
             for name in part.compilable:
+                how = "reduce-overhead" if device.type == "cuda" and name != "step" else "default"
                 setattr(part, name, torch.compile(getattr(part, name), mode=how))
     explore, half = partial(learner.actor.sample, epsilon=args.epsilon), args.batch_size // 2
 

@@ -1,0 +1,207 @@
+"""The grid's runs, and the tables and the picture that are made of their rows."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from benchmark import figures, grid, tables
+from benchmark.markdown import fill, fill_files
+from benchmark.rows import ROOT, Result, read, record, result, write
+from experiment.tracking import plain
+
+ROW = Result(
+    "logo", "", "3s_vs_5z", "smax", "medium", 1, 17.5, 0.2, 0.8, 17.0, 14.0, 2560, 0.02, 0.03, 0.05,
+    0.3, 0.4, 0.6, 8000, 300.0, "abc", "a machine", "torch 2", "python train.py",
+)  # fmt: skip
+
+
+def row(method="logo", seed=1, mean=17.5, **changes) -> Result:
+    return Result(**{**vars(ROW), "method": method, "seed": seed, "return_mean": mean, **changes})
+
+
+def final_of(args, mean: float) -> dict:
+    """The parts of final.json that a row is made of."""
+    score = {"return_mean": mean, "return_ci95": 0.1, "win_rate": 0.5, "episodes": 10}
+    return {
+        "args": plain(args), "env_id": args.env_id, "backend": "smax", "seed": args.seed,
+        "eval": score, "clone": score, "dataset": {"return_mean": 3.0}, "world_model": None,
+        "time": {"total_s": 1.0}, "commit": "abc", "device": "cpu", "versions": {"torch": "2"},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Stands for the processes of train.py: notes their commands and writes their final.json."""
+    calls = []
+
+    def run(command, **_):
+        flags = command[2:]
+        calls.append(flags)
+        out = Path(flags[flags.index("--out") + 1])
+        args = grid.parse([f for f in flags if f != "--resume"])
+        out.mkdir(parents=True, exist_ok=True)
+        if args.seed == 13:
+            (out / "checkpoint.pt").touch()
+            print("train.py: no luck", file=_["stdout"], flush=True)
+            return SimpleNamespace(returncode=1)
+        (out / "final.json").write_text(json.dumps(final_of(args, 10.0 + args.seed)))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(grid.subprocess, "run", run)
+    return calls
+
+
+def run_grid(tmp_path, seeds=(1, 2), flags="--threads 1", **options):
+    where = {"out": tmp_path / "runs", "results": tmp_path / "runs.csv"}
+    grid.grid(("3s_vs_5z",), ("medium",), seeds=seeds, flags=flags, **where, **options)
+    return read(tmp_path / "runs.csv", Result)
+
+
+def test_a_grid_runs_every_method_and_seed_once(tmp_path, trainings):
+    rows = run_grid(tmp_path, jobs=2)
+    assert {(r.method, r.seed, r.return_mean) for r in rows} == {
+        ("logo", 1, 11.0), ("logo", 2, 12.0), ("macql", 1, 11.0), ("macql", 2, 12.0),
+    }  # fmt: skip
+    assert len(trainings) == 4 and all(r.variant == "" and r.commit == "abc" for r in rows)
+    macql = [flags for flags in trainings if "--synthetic-fraction" in flags]
+    assert len(macql) == 2 and all("--threads" in flags for flags in trainings)
+
+
+def test_a_grid_skips_what_is_finished(tmp_path, trainings):
+    first = run_grid(tmp_path)
+    shutil.rmtree(tmp_path / "runs" / "3s_vs_5z-medium-macql-seed2")
+    trainings.clear()
+    assert sorted(map(str, run_grid(tmp_path))) == sorted(map(str, first))
+    assert len(trainings) == 1 and "--resume" not in trainings[0]
+
+
+def test_a_failed_run_is_named_and_resumed_later(tmp_path, trainings):
+    for resumed in (False, True):
+        with pytest.raises(ValueError, match="2 runs failed.*seed13: train.py: no luck .see"):
+            run_grid(tmp_path, seeds=(13, 1))
+        failed = [flags for flags in trainings if "13" in flags]
+        assert all(("--resume" in flags) == resumed for flags in failed) and len(failed) == 2
+        trainings.clear()
+    assert len(read(tmp_path / "runs.csv", Result)) == 2
+
+
+def test_a_run_with_other_flags_is_refused(tmp_path, trainings):
+    run_grid(tmp_path)
+    with pytest.raises(ValueError, match="is of a run with --gamma 0.95"):
+        run_grid(tmp_path, flags="--gamma 0.9")
+
+
+def test_a_variant_is_spelled_by_what_differs(tmp_path):
+    def variant(flags):
+        return grid.plan(["3s_vs_5z"], ["medium"], ["logo"], [1], flags, tmp_path)[0].variant
+
+    assert variant("--threads 1 --device cpu --horizon 15") == ""
+    assert variant("--no-clamp --u-scale 1") == "--no-clamp --u-scale 1.0"
+    assert variant("--u-scale 1.0 --no-clamp") == variant("--no-clamp --u-scale 1")
+    assert variant("--paper") == "--paper"
+    assert variant("--paper --critics 2") == "--paper --critics 2"
+
+
+def test_a_new_row_replaces_the_same_experiment(tmp_path):
+    path = tmp_path / "runs.csv"
+    for r in (row(), row(seed=2), row(mean=3.0, commit="def")):
+        record(path, r)
+    assert read(path, Result) == [row(mean=3.0, commit="def"), row(seed=2)]
+
+
+def test_a_row_holds_what_final_json_says():
+    args = grid.parse(["--env-id", "3s_vs_5z", "--seed", "4"])
+    final = final_of(args, 5.0) | {"eval": None, "clone": None, "backend": "offline"}
+    made = result(final, "logo", "", "medium", "here", "python train.py")
+    assert made.return_mean is None and made.episodes == 0 and made.state_mse is None
+    assert (made.seed, made.data_return, made.updates, made.versions) == (4, 3.0, 8000, "torch 2")
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+ROWS = [
+    *(row("logo", s, m) for s, m in ((1, 17.0), (2, 18.0), (3, 19.0))),
+    *(row("macql", s, m, state_mse=None) for s, m in ((1, 16.5), (2, 18.5), (4, 10.0))),
+    row("logo", 1, 3.0, variant="--paper"),
+    row("logo", 1, None, backend="offline", env_id="3m", win_rate=None, clone_return=None),
+]
+
+
+def test_means_have_students_interval():
+    made = tables.results_tables(ROWS)
+    half = scipy.stats.t.ppf(0.975, 2) * np.std([17, 18, 19], ddof=1) / 3**0.5
+    assert f"| 18.00 ± {half:.2f} (80%) |" in made["comparison"]
+    assert made["comparison"].count("\n") == 2  # --paper and 3m have no line there
+    assert "| 3m | offline |" in made["scores"] and "not evaluated" in made["scores"]
+
+
+def test_differences_are_paired_by_seed():
+    groups = tables.group(ROWS)
+    cell = tables.Cell("3s_vs_5z", "smax", "medium")
+    a, b = groups[cell, "", "logo"], groups[cell, "", "macql"]
+    by_seed, (low, high) = tables.paired_difference(a, b)
+    assert by_seed == [0.5, -0.5]  # seeds 1 and 2; 3 and 4 have no partner
+    draws = np.random.default_rng(0).choice(by_seed, (tables.BOOTSTRAP_DRAWS, 2)).mean(1)
+    assert (low, high) == tuple(np.quantile(draws, (0.025, 0.975))) == (-0.5, 0.5)
+    assert "+0.50, -0.50" in tables.differences(groups)
+    assert tables.paired_difference(a, {1: b[1]}) == ([0.5], None)
+
+
+def test_tables_do_not_depend_on_the_order_of_rows():
+    shuffled = random.Random(0).sample(ROWS, len(ROWS))
+    assert tables.results_tables(shuffled) == tables.results_tables(ROWS)
+    assert figures.draw(tables.group(shuffled)) == figures.draw(tables.group(ROWS))
+
+
+def test_marked_blocks_are_filled_and_nothing_else(tmp_path):
+    text = "a\n<!-- table: x -->\nold\n<!-- /table -->\nb\n<!-- table: y -->\n<!-- /table -->\n"
+    made = fill(text, {"x": "new", "y": "1\n2"})
+    assert made == text.replace("old", "new").replace("y -->\n", "y -->\n1\n2\n")
+    path = tmp_path / "t.md"
+    path.write_text(text)
+    assert fill_files([path], {"x": "new", "y": "1\n2"}) == [path] and path.read_text() == made
+    assert fill_files([path], {"x": "new", "y": "1\n2"}) == []
+
+
+@pytest.mark.parametrize("text", ["<!-- table: z -->\n<!-- /table -->", "<!-- table: x -->\n"])
+def test_unknown_or_open_blocks_are_refused(text, tmp_path):
+    path = tmp_path / "t.md"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="t.md: "):
+        fill_files([path], {"x": "new"})
+    assert path.read_text() == text
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path):
+    path = tmp_path / "runs.csv"
+    write(path, [ROW], Result)
+    path.write_text(path.read_text().replace("17.5", "many"))
+    with pytest.raises(ValueError, match="runs.csv, line 2: not a row"):
+        read(path, Result)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="runs.csv is not a file of"):
+        read(path, Result)
+
+
+def test_the_texts_hold_the_tables_of_the_committed_rows():
+    made = tables.results_tables(read(tables.RUNS, Result))
+    made["speed"] = tables.speed_tables(read(tables.SPEED, tables.Row))
+    used = set()
+    for path in tables.TEXTS:
+        text = path.read_text()
+        assert fill(text, made) == text, f"python -m benchmark tables --write changes {path}"
+        used |= {name for name in made if f"<!-- table: {name} -->" in text}
+    assert used == set(made)
+
+
+def test_the_picture_is_drawn_of_the_committed_rows(tmp_path):
+    figures.figures(out=tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    assert (ROOT / "results" / "comparison.png").exists()
