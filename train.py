@@ -288,7 +288,7 @@ def main(
                 run.check_rollout(rollout, k + 1)  # stops where rollouts diverge
                 if args.uncertainty == "penalty":
                     rollout["reward"] -= rollout["uncertainty"] / args.u_scale  # Eq. (1)
-                model_data.add(rollout)  # with P_u, the sampling weights of Eq. (7)
+                model_data.add(rollout)  # with P_u, for the weights of Eq. (7) when sampling
                 run.imagined_rows += args.horizon * args.rollout_batch_size
         batch = data.sample(n_real, rng)  # Phase 3, lines 23-29: half of each batch is real
         is_real = torch.ones_like(batch.reward)

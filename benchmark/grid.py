@@ -61,7 +61,7 @@ def variant(args: train.Args, usual: train.Args) -> str:
             if isinstance(value, bool):
                 flags.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                flags.append(f"--{flag} {value}")
+                flags.append(f"--{flag} {str(value).removesuffix('.0')}")  # 1 rather than 1.0
     return " ".join(flags)
 
 

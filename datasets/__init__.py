@@ -15,10 +15,10 @@
 Nothing in a file is executed or unpickled. The formats and their repairs: docs/data.md.
 """
 
-from .conversion import convert, describe
-from .episodes import join_rounds, save_episodes
-from .files import replacing, write_atomic
-from .load import load_dataset, read_episodes
+from datasets.conversion import convert, describe
+from datasets.episodes import join_rounds, save_episodes
+from datasets.files import replacing, write_atomic
+from datasets.load import load_dataset, read_episodes
 
 __all__ = ["convert", "describe", "join_rounds", "load_dataset", "read_episodes", "replacing",
            "save_episodes", "write_atomic"]  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from . import convert, describe, download
+from datasets import convert, describe, download
 
 Source = tyro.conf.Positional[Path]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .episodes import Padded, save_episodes
-from .load import read_episodes
+from datasets.episodes import Padded, save_episodes
+from datasets.load import read_episodes
 
 FORMATS = {
     "episodes": "episodes in HDF5 (pymarl, CFCQL, ODIS, our own)",

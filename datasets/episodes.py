@@ -23,8 +23,8 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from .files import replacing
-from .rows import allowed, blocks, clip_actions, clip_repair, finish, numbers, one_hot
+from datasets.files import replacing
+from datasets.rows import allowed, blocks, clip_actions, clip_repair, finish, numbers, one_hot
 
 AGENT_KEYS = ("obs", "actions", "avail_actions")  # (E,T+1,N,.), the others (E,T+1,.)
 KEYS = ("state", "obs", "avail_actions", "actions", "reward", "terminated", "filled")

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 
 from buffer import OfflineDataset
-
-from .episodes import read_episode_file
-from .minari import read_minari
-from .og_marl import read_vault
-from .omiga import OMIGA_KEYS, read_omiga
+from datasets.episodes import read_episode_file
+from datasets.minari import read_minari
+from datasets.og_marl import read_vault
+from datasets.omiga import OMIGA_KEYS, read_omiga
 
 SMAC_VICTORY = 20.0  # smallest return of a won episode in SMAC, with its default scaling
 QUALITIES = re.compile(r"[-_. ](expert|medium|mixed|random|replay|good|poor)", re.I)

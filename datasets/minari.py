@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from datasets.robots import find_robot
+from datasets.rows import clip_actions, clip_repair, finish, finite, numbers
 from envs import PAPER_MUJOCO
-
-from .robots import find_robot
-from .rows import clip_actions, clip_repair, finish, finite, numbers
 
 MINARI_STEPS = ("rewards", "terminations", "truncations")
 

@@ -17,10 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from envs import PAPER_SMAC
-
-from .omiga import OMIGA_TASKS, omiga_columns
-from .rows import (
+from datasets.omiga import OMIGA_TASKS, omiga_columns
+from datasets.rows import (
     Layout,
     Rows,
     allowed,
@@ -35,6 +33,7 @@ from .rows import (
     place,
     shared,
 )
+from envs import PAPER_SMAC
 
 VAULT_KEYS = ("observations", "actions", "rewards", "terminals", "truncations", "infos.state")
 VAULT_MUJOCO = {

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .robots import find_robot
-from .rows import (
+from datasets.robots import find_robot
+from datasets.rows import (
     Rows,
     blocks,
     clip_actions,

@@ -102,7 +102,7 @@ def test_a_variant_is_spelled_by_what_differs(tmp_path):
         return grid.plan(["3s_vs_5z"], ["medium"], ["logo"], [1], flags, tmp_path)[0].variant
 
     assert variant("--threads 1 --device cpu --horizon 15") == ""
-    assert variant("--no-clamp --u-scale 1") == "--no-clamp --u-scale 1.0"
+    assert variant("--no-clamp --u-scale 1") == "--no-clamp --u-scale 1"
     assert variant("--u-scale 1.0 --no-clamp") == variant("--no-clamp --u-scale 1")
     assert variant("--paper") == "--paper"
     assert variant("--paper --critics 2") == "--paper --critics 2"

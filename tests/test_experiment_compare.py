@@ -84,14 +84,6 @@ def test_missing_values_leave_empty_cells(tmp_path):
     assert model == ["any", "0.5000", "", "1.0000", "", "", ""]
 
 
-def test_stored_results_can_be_compared():
-    stored = sorted((Path(__file__).parent.parent / "results").rglob("*-seed*.json"))
-    if not stored:
-        pytest.skip("no final.json files are stored in results/")
-    table = rows(report.compare(stored))
-    assert sum(int(row[1]) for row in table if len(row) == 7 and row[1].isdigit()) == len(stored)
-
-
 def test_what_is_not_a_finished_run_is_named_in_one_sentence(tmp_path):
     def told(path: Path) -> str:
         with pytest.raises(SystemExit) as error:
