@@ -307,19 +307,26 @@ def main(
     return report.finish(run, data, env, learner, bc_actor, world_model if n_synthetic else None)
 
 
+def parse(argv: list[str] | None = None) -> Args:
+    """The flags of a command line; without one, those of this process.
+
+    --env-id and --paper are read first, because they choose the defaults of the others.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env-id", "--env_id", default=Args.env_id)
+    first.add_argument("--paper", action="store_true")
+    known = first.parse_known_args(argv)[0]
+    default = defaults(known.env_id, known.paper)
+    return tyro.cli(Args, prog="train.py", description=__doc__, args=argv, default=default)
+
+
 def cli(argv: list[str] | None = None, **parts) -> dict:
     """`main` from the command line: an error is one sentence and a non-zero exit.
 
     Args:
         argv: the flags; None: those of the process. parts: `learner`, ... for `main`.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # others depend on these
-    first.add_argument("--env-id", "--env_id", default=Args.env_id)
-    first.add_argument("--paper", action="store_true")
-    known = first.parse_known_args(argv)[0]
-    args = tyro.cli(
-        Args, description=__doc__, args=argv, default=defaults(known.env_id, known.paper)
-    )
+    args = parse(argv)
     try:
         return main(args, **parts)
     except (ValueError, OSError, ImportError, FloatingPointError) as e:

@@ -39,7 +39,7 @@ class Record:
     env_id: str
     """task: a SMAX map, or a robot and its division such as HalfCheetah-6x1"""
     quality: Quality
-    """which policies play: see README, Data"""
+    """which policies play: see docs/data.md"""
     episodes: int | None = None
     """episodes to record [default: 600, of robots 200]"""
     seed: int = 0

@@ -1,6 +1,6 @@
 """Recording offline datasets with the shipped behaviour policies, reproducibly from a seed.
 
-The four qualities of the public benchmarks [CFCQL, OMIGA; README, Data]:
+The four qualities of the public benchmarks [CFCQL, OMIGA; docs/data.md]:
 
   medium         episodes of the snapshot that wins half as often as the expert
                  (robots: whose return comes nearest to the public medium data's)

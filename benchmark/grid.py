@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-import tyro
 from tqdm import tqdm
 
 import train
@@ -45,13 +44,6 @@ class Run(NamedTuple):
     args: train.Args  # what the flags mean
 
 
-def parse(flags: list[str]) -> train.Args:
-    """The arguments that train.py makes of these flags."""
-    env_id = flags[flags.index("--env-id") + 1]
-    default = train.defaults(env_id, "--paper" in flags)
-    return tyro.cli(train.Args, prog="train.py", args=flags, default=default)
-
-
 def variant(args: train.Args, usual: train.Args) -> str:
     """The flags by which a run differs from the usual one of its method, always spelled alike."""
     flags = ["--paper"] if args.paper else []
@@ -79,11 +71,11 @@ def plan(env_ids, qualities, methods, seeds, flags: str, out: Path) -> list[Run]
     axes = map(dict.fromkeys, (seeds, env_ids, qualities, methods))  # each value once
     for seed, env_id, quality, method in product(*axes):
         given = ["--env-id", env_id, "--quality", quality, "--seed", str(seed), *METHODS[method]]
-        args = parse([*given, *more])
+        args = train.parse([*given, *more])
         check_args(dataclasses.replace(args, out=out))
         source = args.dataset.stem if args.dataset else quality
         folder = out / f"{env_id}-{source}-{method}-seed{seed}"
-        usual = parse([*given, *(["--paper"] if args.paper else [])])
+        usual = train.parse([*given, *(["--paper"] if args.paper else [])])
         runs.append(Run(method, variant(args, usual), source, folder, [*given, *more], args))
     if len({run.folder for run in runs}) < len(runs):
         raise ValueError("--flags: --dataset is one file: give one of --qualities.")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import train
 from benchmark import figures, grid, tables
 from benchmark.markdown import fill, fill_files
 from benchmark.rows import ROOT, Result, read, record, result, write
@@ -44,7 +45,7 @@ def trainings(monkeypatch):
         flags = command[2:]
         calls.append(flags)
         out = Path(flags[flags.index("--out") + 1])
-        args = grid.parse([f for f in flags if f != "--resume"])
+        args = train.parse([f for f in flags if f != "--resume"])
         out.mkdir(parents=True, exist_ok=True)
         if args.seed == 13:
             (out / "checkpoint.pt").touch()
@@ -116,7 +117,7 @@ def test_a_new_row_replaces_the_same_experiment(tmp_path):
 
 
 def test_a_row_holds_what_final_json_says():
-    args = grid.parse(["--env-id", "3s_vs_5z", "--seed", "4"])
+    args = train.parse(["--env-id", "3s_vs_5z", "--seed", "4"])
     final = final_of(args, 5.0) | {"eval": None, "clone": None, "backend": "offline"}
     made = result(final, "logo", "", "medium", "here", "python train.py")
     assert made.return_mean is None and made.episodes == 0 and made.state_mse is None
