@@ -32,8 +32,8 @@ Departures from the paper, each with a flag of train.py (docs/deviations.md):
   D14 one actor network for all agents.  D21 the value in Eq. (12) divided by its magnitude.
 Readings, where the paper leaves a choice: cloning is averaged over the agents, where Algorithm 1,
 line 31 gives each agent its own loss; the policy maximises the mean of the critics (the minimum is
-for the target alone); a shared discrete actor standardises with statistics averaged over the agents; with
-continuous actions the policy stands for the maximum of Eq. (11).
+for the target alone); a shared actor of discrete actions standardises with statistics averaged over
+the agents; with continuous actions the policy stands for the maximum of Eq. (11).
 
 Sizes: B batch, N agents, O observation, S state, A action, K critics, P stacked networks.
        o (B,N,O)  s (B,S)  a (B,N,A)  r (B,)  avail (B,N,A) or None
