@@ -9,8 +9,9 @@ Every backend has this interface, so one `evaluate` and one recorder serve them 
 different backends are never comparable.
 
   smax      the embedded default [Rutherford et al., "JaxMARL", 2024]: StarCraft's micro-management
-            maps re-implemented in JAX, with the names and armies of SMAC but its own observations
-            and dynamics. Thousands of parallel episodes; StarCraft II is not needed.
+            maps re-implemented in JAX, with the names and armies of SMAC but its own dynamics.
+            Thousands of parallel episodes; StarCraft II is not needed. As in SMAC, an agent does
+            not see what other units did last (`HIDDEN`).
   smac      SMAC [Samvelyan et al., 2019]: the same maps in StarCraft II itself, as in the public
             datasets. One process of the game per parallel episode.
   smacv2    SMACv2 [Ellis et al., 2023]: its own scenarios in StarCraft II, such as terran_5_vs_5,
@@ -42,6 +43,9 @@ MUJOCO_ROBOTS = (
     *("Reacher", "Swimmer", "Pusher"),
 )
 SMAX_REWARD_SCALE = 10.0  # SMAX pays at most 2 per episode, SMAC at most 20: we report SMAC's scale
+# What SMAX shows of every other unit and SMAC does not. A clone of a policy that sees the last
+# actions learns to repeat them instead of what to do [de Haan et al., 2019; results/README.md].
+HIDDEN = ("last_movement_x", "last_movement_y", "last_targeted", "weapon_cooldown")
 SMACV2_ID = re.compile(r"(protoss|terran|zerg)_([1-9]\d*)_vs_([1-9]\d*)")
 BACKENDS = {  # and what each of them plays
     "smax": "it plays StarCraft's maps, such as 3s_vs_5z",
@@ -79,8 +83,9 @@ class Step(NamedTuple):
 
 
 def make(
-    env_id: str, num_envs: int = 1, backend: str = "auto", seed: int = 0, render: bool = False
-):
+    env_id: str, num_envs: int = 1, backend: str = "auto", seed: int = 0, render: bool = False,
+    hide: bool = True,
+):  # fmt: skip
     """Build `num_envs` parallel copies of a task: a SmaxEnv, or its equivalent of another backend.
 
     Args:
@@ -90,6 +95,7 @@ def make(
         backend: see `choose_backend`.
         seed: of the first `reset`; episode k's randomness depends on (seed, k) alone, not on E.
         render: `render()` will be called (MuJoCo must know beforehand).
+        hide: SMAX only: leave `HIDDEN` out of the observations.
     Raises:
         ValueError: unknown task or backend, a backend that does not play this task, no episodes,
             or more than this backend can run side by side.
@@ -109,7 +115,7 @@ def make(
         return env
     if env_id not in _import_smax().map_names:
         raise ValueError(f"Unknown env_id {env_id!r}: there are {', '.join(known_ids())}.")
-    return SmaxEnv(env_id, num_envs, seed)
+    return SmaxEnv(env_id, num_envs, seed, hide)
 
 
 def choose_backend(env_id: str, backend: str = "auto") -> str:
@@ -173,8 +179,11 @@ def _import_smax() -> _Smax:
 
 
 @functools.cache
-def _compile_smax(env_id: str) -> tuple:
-    """(environment, reset, step) of one map, compiled for E episodes; takes seconds, cached."""
+def _compile_smax(env_id: str, hide: bool) -> tuple:
+    """(environment, columns, reset, step) of one map, compiled for E episodes; cached.
+
+    `columns` are those of SMAX's own observation that are shown.
+    """
     jax, environment, scenario, _ = _import_smax()
     env = environment(
         scenario=scenario(env_id),
@@ -184,9 +193,14 @@ def _compile_smax(env_id: str) -> tuple:
         attack_mode="closest",
     )
 
+    size = env.observation_spaces[env.agents[0]].shape[0]
+    others = size - len(env.own_features)  # one block of unit_features for every other unit
+    hidden = [hide and name in HIDDEN for name in env.unit_features]
+    columns = np.array([k for k in range(size) if k >= others or not hidden[k % len(hidden)]])
+
     def view(state):
         obs, mask = env.get_obs(state), env.get_avail_actions(state)
-        stacked = jax.numpy.stack([obs[a] for a in env.agents])  # (N,O)
+        stacked = jax.numpy.stack([obs[a] for a in env.agents])[:, columns]  # (N,O)
         avail = jax.numpy.stack([mask[a] for a in env.agents]).astype(jax.numpy.float32)
         return stacked, env.get_world_state(state), avail
 
@@ -211,17 +225,21 @@ def _compile_smax(env_id: str) -> tuple:
         alive = after.state.unit_alive
         lost, beaten = ~alive[: env.num_allies].any(), ~alive[env.num_allies :].any()
         reward = jax.numpy.where(done, 0.0, reward[env.agents[0]] * SMAX_REWARD_SCALE)
-        ended = (lost | beaten, after.state.step >= env.max_steps, beaten & ~lost)
+        ended = (lost | beaten, after.state.done, beaten & ~lost)
         return (key, after), (*view(after), reward, *ended)
 
-    return env, jax.jit(jax.vmap(reset_one, (0, 0, None))), jax.jit(jax.vmap(step_one))
+    reset = jax.jit(jax.vmap(reset_one, (0, 0, None)))
+    return env, columns, reset, jax.jit(jax.vmap(step_one))
 
 
 class SmaxEnv:
-    """E parallel episodes on one SMAX map, the allies against SMAX's heuristic enemy."""
+    """E parallel episodes on one SMAX map, the allies against SMAX's heuristic enemy.
 
-    def __init__(self, env_id: str, num_envs: int, seed: int):
-        self._env, self._reset, self._step = _compile_smax(env_id)
+    See `make`. `columns` are those of SMAX's own observation that are shown.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, hide: bool = True):
+        self._env, self.columns, self._reset, self._step = _compile_smax(env_id, hide)
         self.num_envs, self._seed = num_envs, seed
         self.weakened = 0.0  # share of enemies that start with half their health (for a curriculum)
         agent = self._env.agents[0]
@@ -229,11 +247,11 @@ class SmaxEnv:
             env_id=env_id,
             backend="smax",
             num_agents=self._env.num_allies,
-            obs_dim=self._env.observation_spaces[agent].shape[0],
+            obs_dim=len(self.columns),
             state_dim=self._env.state_size,
             action_dim=self._env.action_spaces[agent].n,
             discrete=True,
-            episode_limit=self._env.max_steps,
+            episode_limit=self._env.max_steps + 1,  # JaxMARL looks at the clock before it ticks
         )
 
     def reset(self, seed: int | None = None) -> Step:
@@ -261,6 +279,16 @@ class SmaxEnv:
         self._done = self._done | terminated | timeout
         ended = (terminated & running, timeout & ~terminated & running, won & running)
         return Step(obs, state, avail, reward, *ended, self._done)
+
+    def snapshot(self):
+        """The simulator's own state of every slot: a JAX tree of arrays (E,...)."""
+        return _import_smax().jax.tree.map(np.asarray, self._carry[1])
+
+    def restore(self, snapshot, seed: int) -> None:
+        """Go on from a snapshot in every slot, with new randomness."""
+        jax = _import_smax().jax
+        self._carry = (jax.random.split(jax.random.PRNGKey(seed), self.num_envs), snapshot)
+        self._done = np.zeros(self.num_envs, bool)
 
     def render(self) -> np.ndarray:
         """Picture of slot 0, drawn by JaxMARL's own visualiser: (height,width,3) uint8."""

@@ -113,7 +113,7 @@ def train(args: Args) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
         ImportError: the task's simulator is not installed.
     """
     check(args)
-    env = envs.make(args.env_id, args.num_envs)
+    env = envs.make(args.env_id, args.num_envs, hide=False)
     policy, critic = build_networks(args, env.spec)
     parameters = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True, eps=1e-5)

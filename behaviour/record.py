@@ -46,6 +46,19 @@ def policies_of(quality: Quality, policies: list[Policy]) -> list[Policy]:
     return parts[quality]
 
 
+def slots(policies: int, episodes: int) -> int:
+    """Episodes that are played side by side."""
+    return min(-(-episodes // policies), 200)
+
+
+def starts(policies: int, episodes: int, seed: int) -> np.ndarray:
+    """Seeds of the rounds of episodes, (policies, rounds); whole rounds are played, and of each
+    policy's last round the surplus is dropped. No training used these seeds."""
+    share = -(-episodes // policies)  # of the first policies, if the parts are not equal
+    rounds = -(-share // slots(policies, episodes))
+    return 10**9 + seed * 10**5 + np.arange(policies * rounds).reshape(policies, rounds)
+
+
 def record(env_id: str, quality: Quality, episodes: int, seed: int, path: Path) -> None:
     """Play `episodes` episodes with the shipped policies and write them in the public layout.
 
@@ -59,37 +72,40 @@ def record(env_id: str, quality: Quality, episodes: int, seed: int, path: Path) 
         raise ValueError(f"--seed is {seed}: give 0 or more.")
     if envs.natural_backend(env_id) == "smacv2":
         raise ValueError(f"{env_id}: recordings are made in SMAX and MuJoCo only.")
-    spec = envs.make(env_id).spec
+    spec = envs.make(env_id, hide=False).spec  # these policies see all that SMAX shows
     policies = policies_of(quality, weights.load_policies(env_id, spec))
     if episodes < len(policies):
         raise ValueError(
             f"--episodes is {episodes}, but {quality} has episodes of {len(policies)} policies: "
             f"give {len(policies)} or more."
         )
-    share = -(-episodes // len(policies))  # of the first policies, if the parts are not equal
-    env = envs.make(env_id, num_envs=min(share, 200))
-    rounds = -(-share // env.num_envs)  # whole rounds are played, the surplus is dropped
+    env = envs.make(env_id, num_envs=slots(len(policies), episodes), hide=False)
+    rounds = starts(len(policies), episodes, seed)  # of each policy, equally many
     generator, parts = torch.Generator().manual_seed(seed), []
     label = f"recording {env_id} {quality}"
-    with tqdm(total=len(policies) * rounds, desc=label, unit="round") as bar:
+    with tqdm(total=rounds.size, desc=label, unit="round") as bar:
         for k, policy in enumerate(policies):
             logs = []
-            for i in range(rounds):
-                start = 10**9 + seed * 10**5 + k * rounds + i  # seeds that no training used
+            for start in rounds[k].tolist():
                 logs.append(play(env, policy, generator, start))
                 bar.update()
             joined = datasets.join_rounds(logs, spec.episode_limit)
             wanted = episodes // len(policies) + (k < episodes % len(policies))
             parts.append({key: x[:wanted] for key, x in joined.items()})
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    if spec.discrete:  # the data show what an agent of `envs.make(env_id)` sees
+        arrays["obs"] = arrays["obs"][..., envs.make(env_id).columns]
     metadata = {"env_id": env_id, "backend": spec.backend, "quality": quality, "seed": seed}
     datasets.save_episodes(path, arrays, metadata)
 
 
 def cached(env_id: str, quality: Quality, episodes: int, seed: int) -> Path:
-    """Where a recording is cached; the name changes with the arguments and the shipped weights."""
-    shipped = weights.FOLDER / f"{env_id}.npz"
-    digest = hashlib.sha256(shipped.read_bytes()).hexdigest()[:8] if shipped.exists() else "none"
+    """Where a recording is cached; the name changes with the arguments, the shipped weights and
+    what is hidden of SMAX's observations."""
+    shipped, digest = weights.FOLDER / f"{env_id}.npz", "none"
+    if shipped.exists():
+        source = shipped.read_bytes() + " ".join(envs.HIDDEN).encode()
+        digest = hashlib.sha256(source).hexdigest()[:8]
     return CACHE / f"{env_id}-{quality}-{episodes}ep-seed{seed}-{digest}.h5"
 
 

@@ -123,18 +123,18 @@ class MamujocoEnv:
             os.environ.setdefault("MUJOCO_GL", "egl")  # OpenGL without a display
         modes = ["rgb_array" if render and k == 0 else None for k in range(num_envs)]
         task = f"{env_id.partition('-')[0]}-v5"
-        self._envs = [gymnasium.make(task, render_mode=m, disable_env_checker=True) for m in modes]
-        self.strength = self._envs[0].action_space.high  # (motors,) of action 1
+        self.robots = [gymnasium.make(task, render_mode=m, disable_env_checker=True) for m in modes]
+        self.strength = self.robots[0].action_space.high  # (motors,) of action 1
         (n, o), a = self.partition.obs_index.shape, self.partition.action_index.shape[1]
         self.spec = Spec(
             env_id=env_id,
             backend="mamujoco",
             num_agents=n,
             obs_dim=o,
-            state_dim=self._envs[0].observation_space.shape[0],
+            state_dim=self.robots[0].observation_space.shape[0],
             action_dim=a,
             discrete=False,
-            episode_limit=self._envs[0].spec.max_episode_steps,
+            episode_limit=self.robots[0].spec.max_episode_steps,
         )
 
     def reset(self, seed: int | None = None) -> Step:
@@ -142,7 +142,7 @@ class MamujocoEnv:
         if seed is not None:
             self._seed = seed
         self._state = np.zeros((self.num_envs, self.spec.state_dim), np.float32)
-        for k, env in enumerate(self._envs):
+        for k, env in enumerate(self.robots):
             start = np.random.SeedSequence((self._seed, k)).generate_state(1)[0]
             self._state[k], _ = env.reset(seed=int(start))
         self._seed += 1
@@ -156,7 +156,7 @@ class MamujocoEnv:
         reward = np.zeros(self.num_envs, np.float32)
         terminated, truncated = np.zeros((2, self.num_envs), bool)
         for k in np.flatnonzero(~self._done):
-            state, reward[k], terminated[k], timeout, _ = self._envs[k].step(joint[k])
+            state, reward[k], terminated[k], timeout, _ = self.robots[k].step(joint[k])
             self._state[k], truncated[k] = state, timeout and not terminated[k]
         self._done = self._done | terminated | truncated
         return self._show(reward, terminated, truncated)
@@ -175,10 +175,10 @@ class MamujocoEnv:
             ValueError: the environment was made without render=True.
             OSError: OpenGL cannot draw off screen on this machine.
         """
-        if self._envs[0].render_mode is None:
+        if self.robots[0].render_mode is None:
             raise ValueError("Pictures of a robot need envs.make(..., render=True).")
         try:
-            return self._envs[0].render()
+            return self.robots[0].render()
         except Exception as e:  # every OpenGL library raises its own exceptions
             raise OSError(
                 f"No picture: OpenGL cannot draw off screen here ({type(e).__name__}). Install "
@@ -188,5 +188,5 @@ class MamujocoEnv:
 
     def close(self) -> None:
         """Free the simulators; OpenGL prints errors if it is freed only at Python's exit."""
-        for env in self._envs:
+        for env in self.robots:
             env.close()
