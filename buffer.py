@@ -111,16 +111,19 @@ class OfflineDataset:
         return self.gather(self.train[pick])
 
     def statistics(self) -> dict[str, torch.Tensor]:
-        """Mean, standard deviation, minimum and maximum of o (N,O), s (S,) and r () in D."""
+        """Of o (N,O), s (S,), r () and terminated () in D: mean, std, min and max, as obs_mean, ...
+
+        The standard deviation is exactly 0 where a column is constant, and elsewhere at least a
+        thousandth of its range, so that a rare value is no more than a thousand of them away.
+        """
         result = {}
-        for name in ("obs", "state", "reward"):
-            x = getattr(self, name)[self.train]
-            result |= {
-                f"{name}_mean": x.mean(0),
-                f"{name}_std": x.std(0),
-                f"{name}_min": x.amin(0),
-                f"{name}_max": x.amax(0),
-            }
+        for name in ("obs", "state", "reward", "terminated"):
+            x = getattr(self, name)[self.train].double()
+            low, high = x.amin(0), x.amax(0)
+            std = torch.maximum(x.std(0, correction=0), 1e-3 * (high - low))
+            std = torch.where(high == low, 0.0, std)
+            moments = {"mean": x.mean(0), "std": std, "min": low, "max": high}
+            result |= {f"{name}_{moment}": value.float() for moment, value in moments.items()}
         return result
 
 

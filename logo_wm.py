@@ -123,8 +123,10 @@ class LogoWM(nn.Module):
                 key = f"{name}_{moment}"
                 tensor = statistics[key].clone() if statistics else torch.full(shape, value)
                 if moment == "std":  # a constant column carries no information: leave it at 0
-                    tensor = torch.where(tensor < 1e-3, torch.ones_like(tensor), tensor)
+                    tensor = torch.where(tensor == 0, 1.0, tensor)
                 self.register_buffer(key, tensor)
+        can_end = (statistics or {}).get("terminated_max", torch.ones(()))
+        self.register_buffer("can_end", can_end.clone())  # 0: no episode of the data terminates
 
     # ---------------------------------------------------------------------------- the sub-networks
 
@@ -203,8 +205,10 @@ class LogoWM(nn.Module):
         loss_ps = gaussian_nll(s_and_r, self.predict_directly(o, a, s)).mean()  # Eq. (6)
 
         # Deviation D3. Detached: the heads read the predictions and do not change them.
+        # They read what `step` shows them: deductions from o_hat, whatever Eq. (4) feeds E_p with.
+        shown = deduced if guess is o_hat else self.deduce(o_hat, s, a)  # (B,S+1)
         loss_done = F.binary_cross_entropy_with_logits(
-            self.done_head(deduced[:, :-1].detach()).squeeze(-1), batch.terminated
+            self.done_head(shown[:, :-1].detach()).squeeze(-1), batch.terminated
         )
         loss_avail = torch.zeros_like(loss_done)
         if self.discrete:
@@ -243,7 +247,7 @@ class LogoWM(nn.Module):
             "direct_state": self.restore("state", s_hat),
             "direct_reward": self.restore("reward", r_hat.squeeze(-1)),
             "uncertainty": u,
-            "terminated": self.done_head(s_prime).squeeze(-1).sigmoid(),
+            "terminated": self.done_head(s_prime).squeeze(-1).sigmoid() * self.can_end,
             "next_avail": next_avail,
         }
 

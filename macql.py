@@ -73,7 +73,7 @@ class Standardise(nn.Module):
     def __init__(self, mean: torch.Tensor, std: torch.Tensor):
         super().__init__()
         self.register_buffer("mean", mean.clone())
-        self.register_buffer("std", torch.where(std < 1e-3, torch.ones_like(std), std))
+        self.register_buffer("std", torch.where(std == 0, 1.0, std))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x - self.mean) / self.std
@@ -197,7 +197,9 @@ def data_and_all_values(critic: Critic, batch, actor: Actor, noise: torch.Tensor
 
     Discrete: exact, because exp of a sum of utilities factorises over the agents. Continuous: from
     the `noise` of `action_noise`: a third uniform, a third around pi(s), a third around pi(s'),
-    each weighted with its density [Kumar et al., 2020, CQL(H); multi-agent in CFCQL].
+    each weighted with the density of this mixture; the integral is over the box [-1,1] alone, so
+    that draws outside of it count as zero [after Kumar et al., 2020, CQL(H), who weigh each third
+    with its own density: where draws are clipped to the box, that has no finite expectation].
     """
     if critic.discrete:
         q = critic.utilities(batch.obs, batch.state)  # (K,B,N,A), for both values
@@ -205,19 +207,20 @@ def data_and_all_values(critic: Critic, batch, actor: Actor, noise: torch.Tensor
         return (q * batch.actions).sum((-2, -1)), q_all
     sigma, (b, n, a) = 0.2, batch.actions.shape
     uniform, *normals = noise  # (samples,B,N,A) each
-    volume = torch.full_like(uniform[..., 0, 0], -n * a * math.log(2.0))  # log (1/2)^(n a)
-    actions, log_density = [uniform], [volume]
-    for obs, normal in zip((batch.obs, batch.next_obs), normals, strict=True):
-        with torch.no_grad():
-            actions.append((actor(obs, None) + sigma * normal).clamp(-1, 1))
-        log_normal = -0.5 * normal.square() - math.log(sigma * math.sqrt(2 * math.pi))
-        log_density.append(log_normal.sum((-2, -1)))
-    actions = torch.cat(actions)  # (3 samples,B,N,A)
-    log_density = torch.cat(log_density)  # (3 samples,B)
+    with torch.no_grad():
+        centres = [actor(obs, None) for obs in (batch.obs, batch.next_obs)]
+    draws = [c + sigma * x for c, x in zip(centres, normals, strict=True)]
+    actions = torch.cat([uniform, *draws])  # (3 samples,B,N,A)
+    scale = sigma * math.sqrt(2 * math.pi)
+    log_densities = [-0.5 * ((actions - c) / sigma).square() - math.log(scale) for c in centres]
+    log_densities = [x.sum((-2, -1)) for x in log_densities]
+    log_densities.append(torch.full_like(log_densities[0], -n * a * math.log(2.0)))
+    log_density = torch.stack(log_densities).logsumexp(0) - math.log(3)  # of the mixture
+    outside = (actions.abs() > 1).flatten(2).any(-1)  # (3 samples,B)
     m = len(actions)
     obs, state = batch.obs.repeat(m, 1, 1), batch.state.repeat(m, 1)
     q = critic(obs, state, actions.flatten(0, 1)).view(-1, m, b)  # (K,3 samples,B)
-    q_all = (q - log_density).logsumexp(1) - math.log(m)
+    q_all = (q - log_density).masked_fill(outside, -torch.inf).logsumexp(1) - math.log(m)
     return critic(batch.obs, batch.state, batch.actions), q_all
 
 

@@ -231,7 +231,9 @@ class Windows(nn.Module):
         """As `LogoWM.imagine`; the policy does not act."""
         data, device = self.data, self.data.obs.device
         first = [self.row_of[x.tobytes()] for x in starts.state.cpu().numpy()]
-        rows = torch.tensor(first, device=device) + torch.arange(horizon + 1, device=device)[:, None]
+        rows = (
+            torch.tensor(first, device=device) + torch.arange(horizon + 1, device=device)[:, None]
+        )
         rows = rows.clamp(max=len(self.is_step) - 1)  # (H+1,B)
         valid = self.is_step[rows[:-1]].cumprod(0).float()  # a final observation is no step
         states = {"obs": data.obs, "state": data.state, "avail": data.avail}
@@ -275,8 +277,8 @@ def by_depth(
     for h in reversed(range(horizon + tail)):
         later = real["reward"][h] + gamma * (1 - real["terminated"][h]) * later
         returns.insert(0, later)
-    measured = {"monte_carlo": [x[v > 0].mean().item()
-                                for x, v in zip(returns[:horizon], real["valid"], strict=False)]}  # fmt: skip
+    running = [x[v > 0] for x, v in zip(returns, real["valid"], strict=True)]
+    measured = {"monte_carlo": [x.mean().item() if len(x) else None for x in running[:horizon]]}
     for name, rollout in (("true", real), ("imagined", dream)):
         value, spread = [], []
         for h in range(horizon):

@@ -32,10 +32,10 @@ from logo_wm import LogoWM
 from macql import descend
 
 MAPS = {  # N, O, S, A as SMAX shows them
-    "3s_vs_5z": (3, 101, 96, 10),
-    "2s3z": (5, 127, 120, 10),  # this and the next two: the paper's Table 5
-    "5m_vs_6m": (5, 140, 132, 11),
-    "6h_vs_8z": (6, 179, 168, 13),
+    "3s_vs_5z": (3, 73, 96, 10),
+    "2s3z": (5, 91, 120, 10),  # this and the next two: the paper's Table 5
+    "5m_vs_6m": (5, 100, 132, 11),
+    "6h_vs_8z": (6, 127, 168, 13),
 }
 TASK = "3s_vs_5z"  # where nothing else is said
 AXES = {  # of `growth`

@@ -24,7 +24,16 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.files import replacing
-from datasets.rows import allowed, blocks, clip_actions, clip_repair, finish, numbers, one_hot
+from datasets.rows import (
+    allowed,
+    blocks,
+    clip_actions,
+    clip_repair,
+    finish,
+    finite,
+    numbers,
+    one_hot,
+)
 
 AGENT_KEYS = ("obs", "actions", "avail_actions")  # (E,T+1,N,.), the others (E,T+1,.)
 KEYS = ("state", "obs", "avail_actions", "actions", "reward", "terminated", "filled")
@@ -180,9 +189,7 @@ def read_columns(
         def where(i: int) -> str:
             return f"episode {np.searchsorted(ends, first + i, side='right')}"
 
-        if not np.isfinite(x).all():
-            row = int(np.argwhere(~np.isfinite(x))[0][0])
-            raise ValueError(f"{path}: key {k}, {where(row)}: NaN or infinity in it.")
+        finite(path, k, first, x, where)
         if k == "avail_actions":
             return allowed(path, k, where, x)
         if k == "actions" and discrete:

@@ -89,6 +89,7 @@ def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarr
     )
     if "won" not in columns and (won := infer_wins(columns, lengths, returns)) is not None:
         columns["won"], metadata["win_rate_inferred"] = won, True
+        metadata["repaired"] += repair_time_limits(columns, lengths, won)
     if "won" in columns:
         metadata["win_rate"] = float(columns["won"].mean())
     metadata |= {
@@ -165,6 +166,29 @@ def infer_wins(columns: dict, lengths: np.ndarray, returns: np.ndarray) -> np.nd
     largest = columns["reward"].max(initial=0, where=not_last)
     won = (columns["reward"][last] > largest) & (returns >= SMAC_VICTORY - 0.01)
     return won & (columns["terminated"][last] != 0)
+
+
+def repair_time_limits(columns: dict, lengths: np.ndarray, won: np.ndarray) -> list[str]:
+    """Mark the episodes of SMAC that its time limit ended as truncated; returns what was done.
+
+    pymarl stores them as terminated by default (`continuing_episode: False`), and so do CFCQL and
+    ODIS: a learner is then told that nothing comes after a moment which it cannot foresee. Such an
+    episode is as long as the longest, was not won, and at its end an agent is alive: it may not do
+    nothing (action 0), as only the dead may.
+
+    Args:
+        columns: as in `read_episodes`; `terminated` is changed. won: (E,) bool.
+    """
+    final = np.cumsum(lengths + 1) - 1  # row of each episode's final observation
+    alive = (columns["avail"][final][..., 0] == 0).any(1)
+    timeout = (lengths == lengths.max()) & (columns["terminated"][final - 1] != 0) & alive & ~won
+    columns["terminated"][final[timeout] - 1] = 0
+    if not timeout.any():
+        return []
+    return [
+        f"{timeout.sum()} episodes that stop at {lengths.max()} steps with both sides alive were "
+        "stored as terminated; they count as truncated"
+    ]
 
 
 def content_hash(path: Path) -> str:

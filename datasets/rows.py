@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+LARGEST = 1e18  # whose square float32 still holds
 BLOCK = 8 * 2**20  # bytes read at a time, the memory a reader needs beyond its result
 Rows = Callable[[str, int, int], np.ndarray]  # (key, a, b) -> stored rows a to b of this key
 
@@ -45,11 +46,20 @@ def numbers(path: Path, key: str, array) -> None:
         raise ValueError(f"{path}: key {key} refers to other files, which are not read.")
 
 
-def finite(path: Path, key: str, first: int, x: np.ndarray) -> np.ndarray:
-    """Return x, the stored rows from `first` on; ValueError if any of it is NaN or infinite."""
-    if not np.isfinite(x).all():
-        row = first + int(np.argwhere(~np.isfinite(x))[0][0])
-        raise ValueError(f"{path}: key {key}, row {row}: NaN or infinity in it.")
+def finite(path: Path, key: str, first: int, x: np.ndarray, where: Callable | None = None):
+    """Return x, the stored rows from `first` on.
+
+    Args:
+        where: names row i of the block in the message, such as "episode 3"; None: "row", number.
+    Raises:
+        ValueError: NaN, infinity, or a number that is too large to compute with.
+    """
+    wrong = ~(np.abs(x) <= LARGEST)  # NaN compares false
+    if wrong.any():
+        i = int(np.argwhere(wrong)[0][0])
+        row = where(i) if where else f"row {first + i}"
+        what = f"NaN, infinity or a number beyond {LARGEST:g}"
+        raise ValueError(f"{path}: key {key}, {row}: {what} in it.")
     return x
 
 

@@ -36,14 +36,14 @@ def replay(actions: Sequence[torch.Tensor]) -> Callable:
 def standardiser(data: OfflineDataset) -> Callable:
     """A function (name, x) -> (x - mean) / std, with the statistics of the training rows.
 
-    `name` is obs, state or reward. A column that hardly varies (std < 1e-3) is divided by 1, as
-    `LogoWM.standardise` does.
+    `name` is obs, state or reward. A constant column is divided by 1, as `LogoWM.standardise`
+    does.
     """
     statistics = data.statistics()
 
     def standardise(name: str, x: torch.Tensor) -> torch.Tensor:
         std = statistics[f"{name}_std"]
-        return (x - statistics[f"{name}_mean"]) / torch.where(std < 1e-3, 1.0, std)
+        return (x - statistics[f"{name}_mean"]) / torch.where(std == 0, 1.0, std)
 
     return standardise
 

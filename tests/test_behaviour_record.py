@@ -50,10 +50,9 @@ def stub(monkeypatch):
             "terminated": ended, "won": ended, "filled": np.ones((steps, slots), bool),
         }  # fmt: skip
 
-    def make(env_id, num_envs=1):
-        return SimpleNamespace(
-            num_envs=num_envs, spec=SimpleNamespace(episode_limit=6, backend="stub")
-        )
+    def make(env_id, num_envs=1, hide=True):
+        spec = SimpleNamespace(episode_limit=6, backend="stub", discrete=True)
+        return SimpleNamespace(num_envs=num_envs, spec=spec, columns=[0])
 
     monkeypatch.setattr(record, "play", play)
     monkeypatch.setattr(record.envs, "make", make)
@@ -114,7 +113,8 @@ def test_cached_recording_is_reused_until_weights_change(tmp_path, monkeypatch, 
 
 
 def test_cache_names_hold_arguments_and_digest_of_weights():
-    digest = hashlib.sha256((weights.FOLDER / "2s3z.npz").read_bytes()).hexdigest()[:8]
+    source = (weights.FOLDER / "2s3z.npz").read_bytes() + " ".join(envs.HIDDEN).encode()
+    digest = hashlib.sha256(source).hexdigest()[:8]
     path = record.cached("2s3z", "mixed", 600, 0)
     assert path.name == f"2s3z-mixed-600ep-seed0-{digest}.h5"
     assert path.parent == weights.FOLDER.parent / "data"
@@ -134,7 +134,7 @@ def test_every_task_of_the_paper_has_its_policies():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_policies_load_finite_and_different(path):
-    spec = envs.make(path.stem).spec
+    spec = envs.make(path.stem, hide=False).spec
     policies = weights.load_policies(path.stem, spec)
     assert len(policies) == 6  # five snapshots up to medium, and the final policy
     obs = torch.randn(20, spec.num_agents, spec.obs_dim, generator=torch.Generator().manual_seed(0))
@@ -183,7 +183,7 @@ def test_recording_is_reproducible_from_its_seed(tmp_path):
     assert digests[0] == digests[1] != digests[2]
     data, metadata = load(tmp_path / "0.h5")
     assert [metadata[k] for k in ("env_id", "quality", "episodes")] == ["3s_vs_5z", "medium", 4]
-    assert data.obs.shape[1:] == (3, 101) and data.state.shape[1:] == (96,)
+    assert data.obs.shape[1:] == (3, 73) and data.state.shape[1:] == (96,)
     assert 0 < metadata["return_mean"] <= 20.01
     assert metadata["return_mean"] == pytest.approx(data.episode_returns.mean().item())
     other, _ = load(tmp_path / "2.h5")

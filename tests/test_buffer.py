@@ -9,8 +9,12 @@ import math
 import pytest
 import scipy.stats
 import torch
+from torch.nn import functional as F
 
 from buffer import Batch, OfflineDataset, SyntheticBuffer, mix
+from experiment.diagnostics import one_step_errors
+from logo_wm import LogoWM
+from macql import Actor, descend
 
 N, O, S, A = 2, 3, 4, 5  # noqa: E741
 
@@ -101,13 +105,13 @@ def test_statistics_are_of_the_training_rows_alone():
     for name, column in (("obs", data.obs), ("state", data.state), ("reward", data.reward)):
         values = torch.stack([column[r] for r in rows]).double()
         mean = sum(values) / len(rows)
-        std = (sum((v - mean) ** 2 for v in values) / (len(rows) - 1)).sqrt()
+        std = (sum((v - mean) ** 2 for v in values) / len(rows)).sqrt()
         torch.testing.assert_close(stats[f"{name}_mean"].double(), mean, rtol=1e-5, atol=0)
         torch.testing.assert_close(stats[f"{name}_std"].double(), std, rtol=1e-5, atol=0)
         assert torch.equal(stats[f"{name}_min"].double(), values.min(0).values)
         assert torch.equal(stats[f"{name}_max"].double(), values.max(0).values)
     assert {k: v.shape for k, v in stats.items() if "mean" in k} == {
-        "obs_mean": (N, O), "state_mean": (S,), "reward_mean": (),
+        "obs_mean": (N, O), "state_mean": (S,), "reward_mean": (), "terminated_mean": (),
     }  # fmt: skip
 
 
@@ -318,3 +322,45 @@ def test_mix_takes_batches_of_one_kind(sizes):
     real, synthetic = make_dataset().sample(sizes[0], g), fill(2, cap=2.0)[0].sample(sizes[1], g)
     both, is_real = mix(real, synthetic)
     assert len(both.reward) == 6 and is_real.sum() == sizes[0]
+
+
+def test_units_do_not_matter():
+    """Errors, predictions and losses in standardised units, with all columns times 2^-20."""
+    found = []
+    for unit in (1.0, 2.0**-20):
+        g = torch.Generator().manual_seed(0)
+        rows = 4 * 21
+        obs, state = torch.randn(rows, N, O, generator=g), torch.randn(rows, S, generator=g)
+        obs[..., 0], state[..., 1] = 3.0, -1.0  # columns that never vary
+        reward = torch.randn(rows, generator=g)
+        actions = F.one_hot(torch.randint(A, (rows, N), generator=g), A).float()
+        data = OfflineDataset(
+            obs * unit, state * unit, actions, torch.ones_like(actions), reward * unit,
+            torch.zeros(rows), [20] * 4, holdout=0.25,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = LogoWM(N, O, S, A, 16, statistics=data.statistics())
+        actor = Actor(*(data.statistics()[k] for k in ("obs_mean", "obs_std")), A, 16)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(5):
+            loss, _ = model.loss(data.sample(16, g))
+            descend(optimizer, loss)
+        batch = data.sample(16, g)
+        pi = actor(batch.obs, batch.avail)
+        found.append((loss.item(), one_step_errors(model, data), pi))
+    (loss, errors, pi), (small_loss, small_errors, small_pi) = found
+    assert small_loss == pytest.approx(loss, rel=1e-4)
+    assert small_errors == pytest.approx(errors, rel=1e-3)
+    torch.testing.assert_close(small_pi, pi)
+
+
+def test_a_constant_column_has_no_deviation_however_large_it_is():
+    data = make_dataset()
+    data.state[:, 0] = 1e6 / 3
+    std = data.statistics()["state_std"]
+    assert std[0] == 0 and (std[1:] > 1).all()
+
+
+def test_one_training_transition_has_finite_statistics():
+    stats = make_dataset([1, 1]).statistics()
+    assert all(x.isfinite().all() for x in stats.values())

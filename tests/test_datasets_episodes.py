@@ -15,7 +15,7 @@ import torch
 
 import datasets
 from datasets.episodes import KEYS
-from datasets.load import infer_wins
+from datasets.load import infer_wins, repair_time_limits
 
 ROOT = Path(__file__).resolve().parents[1]
 STARCRAFT = ROOT.parent / "shared" / "data" / "smac_3m_medium.h5"
@@ -231,9 +231,10 @@ def make_unavailable(arrays):
 BROKEN = {
     "no_obs": (without("obs"), "no key obs; found actions"),
     "no_filled": (without("filled"), "no key filled"),
-    "nan_in_state": (put("state", (1, 0, 2), np.nan), "key state, episode 1: NaN or infinity"),
-    "infinite_obs": (put("obs", (3, 6, 1, 0), np.inf), "key obs, episode 3: NaN or infinity"),
-    "nan_reward": (put("reward", (4, 2, 0), np.nan), "key reward, episode 4: NaN or infinity"),
+    "nan_in_state": (put("state", (1, 0, 2), np.nan), "key state, episode 1: NaN, infinity"),
+    "huge_state": (put("state", (1, 0, 2), 1e30), "key state, episode 1: NaN, infinity or a num"),
+    "infinite_obs": (put("obs", (3, 6, 1, 0), np.inf), "key obs, episode 3: NaN, infinity"),
+    "nan_reward": (put("reward", (4, 2, 0), np.nan), "key reward, episode 4: NaN, infinity"),
     "agents_of_avail": (drop_agent("avail_actions"), "number of agents differs.*avail_actions"),
     "agents_of_actions": (drop_agent("actions"), "number of agents differs.*actions"),
     "agents_of_obs": (drop_agent("obs"), "number of agents differs.*obs"),
@@ -357,3 +358,27 @@ def test_inferred_wins_are_those_with_all_enemies_dead():
     last = columns["state"][np.cumsum(lengths + 1) - 1]
     health = last[:, 12:21].reshape(-1, 3, 3)[..., 0]  # on 3m, after 3 allies of 4 numbers each
     assert np.array_equal(columns["won"], (health == 0).all(1))
+
+
+def test_time_limits_stored_as_terminations_are_repaired():
+    # Episodes of 3, 3, 3 and 2 steps, all stored as terminated: won, out of time, lost at the last
+    # moment, lost. Action 0 is allowed to the dead alone.
+    lengths, alive = np.array([3, 3, 3, 2]), [1, 1, 0, 0]
+    final = np.cumsum(lengths + 1) - 1
+    avail, terminated = np.ones((final[-1] + 1, 2, 3)), np.zeros(final[-1] + 1)
+    terminated[final - 1] = 1
+    avail[final, 0, 0] = 1 - np.array(alive)
+    columns = {"avail": avail, "terminated": terminated}
+    said = repair_time_limits(columns, lengths, np.array([True, False, False, False]))
+    assert columns["terminated"][final - 1].tolist() == [1, 0, 1, 1]
+    assert said[0].startswith("1 episodes that stop at 3 steps with both sides alive")
+    assert repair_time_limits(columns, lengths, np.array([True, False, False, False])) == []
+
+
+def test_the_real_recording_has_47_time_limits():
+    path = Path(__file__).parents[2] / "shared" / "data" / "smac_3m_medium.h5"
+    if not path.exists():
+        pytest.skip(f"the public recording is not at {path}")
+    columns, lengths, metadata = datasets.read_episodes(path)
+    assert columns["terminated"].sum() == len(lengths) - 47
+    assert "47 episodes that stop at 60 steps" in metadata["repaired"][0]

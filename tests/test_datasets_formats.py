@@ -202,7 +202,7 @@ def odd_task(arrays):
 BROKEN_OMIGA = {
     "raw": (raw_vectors, "key o, row 0: not one state standardised"),
     "other_state": (other_state, "keys s and o differ"),
-    "nan": (nan_action, "key a, row 4: NaN or infinity"),
+    "nan": (nan_action, "key a, row 4: NaN, infinity"),
     "short": (short_reward, "number of rows differs between keys"),
     "agents": (agents_differ, "key r, row 0: the agents' values differ"),
     "no_end": (no_end, "none of the 24 rows ends an episode"),
@@ -311,7 +311,7 @@ def test_bad_vaults_are_refused(tmp_path):
         load(write_vault(tmp_path / "a.vlt" / "x", arrays))
     arrays = smac_steps()
     arrays["observations"][0, 7, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="key observations, row 7: NaN or infinity"):
+    with pytest.raises(ValueError, match="key observations, row 7: NaN, infinity"):
         load(write_vault(tmp_path / "b.vlt" / "x", arrays))
     arrays = smac_steps()
     del arrays["infos.state"]
@@ -474,7 +474,7 @@ def test_minari_agents_are_stacked_and_padded(tmp_path):
 def test_bad_minari_datasets_are_refused(tmp_path):
     good = [minari_episode(e, True, False) for e in rollouts("Hopper-3x1")]
     for name, key, change, message in (
-        ("nan", "rewards", lambda x: x * np.nan, "episode_1/rewards, row 0: NaN or infinity"),
+        ("nan", "rewards", lambda x: x * np.nan, "episode_1/rewards, row 0: NaN, infinity"),
         ("short", "actions", lambda x: x[:-1], r"actions has shape \(8, 3\), not \(9, 3\)"),
         ("narrow", "observations", lambda x: x[:, 1:], r"observations has shape \(10, 10\)"),
         ("early", "truncations", lambda x: x | True, "episode_1 ends before its last step"),
@@ -522,7 +522,7 @@ def test_convert_fails_with_one_sentence_and_no_file(tmp_path):
     assert done.returncode != 0 and not done.stdout
     last = done.stderr.splitlines()[-1]
     assert last.startswith("python -m datasets: ") and last.endswith(
-        "row 4: NaN or infinity in it."
+        "row 4: NaN, infinity or a number beyond 1e+18 in it."
     )
     assert "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["bad.h5"]

@@ -16,11 +16,11 @@ from simulators import mamujoco
 
 MAP, SLOTS = "3m", 8
 SIZES = {  # map: agents, observation, state, actions
-    "3s_vs_5z": (3, 101, 96, 10),
-    "2s3z": (5, 127, 120, 10),
-    "5m_vs_6m": (5, 140, 132, 11),
-    "6h_vs_8z": (6, 179, 168, 13),
-    "3s5z_vs_3s6z": (8, 218, 204, 14),
+    "3s_vs_5z": (3, 73, 96, 10),
+    "2s3z": (5, 91, 120, 10),
+    "5m_vs_6m": (5, 100, 132, 11),
+    "6h_vs_8z": (6, 127, 168, 13),
+    "3s5z_vs_3s6z": (8, 154, 204, 14),
 }
 
 
@@ -73,12 +73,12 @@ def test_the_papers_maps_have_their_sizes_uncompiled():
     envs.known_ids()  # the import of JAX is not what is timed
     started = time.time()
     for env_id, sizes in SIZES.items():
-        compiled = [step._cache_size() for step in envs._compile_smax(env_id)[1:]]
+        compiled = [step._cache_size() for step in envs._compile_smax(env_id, True)[2:]]
         env = envs.make(env_id)
         spec = env.spec
         assert (spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim) == sizes
         assert (spec.env_id, spec.backend, spec.discrete) == (env_id, "smax", True)
-        assert spec.episode_limit == 100
+        assert spec.episode_limit == 101
         assert compiled == [env._reset._cache_size(), env._step._cache_size()]
     assert time.time() - started < 10
 
@@ -276,3 +276,73 @@ def test_render_draws_a_picture_of_the_battle(single):
         now = single.step(attack(torch.tensor(now.obs), torch.tensor(now.avail)).numpy())
     later = single.render()
     assert later.shape == start.shape and not np.array_equal(later, start)
+
+
+# ------------------------------------------------------------------------------ against JaxMARL
+
+
+def play_plainly(seed: int, slot: int, clock: int) -> tuple[float, int, bool]:
+    """(return, steps, won) of an episode of JaxMARL's own environment whose allies stand still."""
+    jax, environment, scenario, _ = envs._import_smax()
+    env = environment(
+        scenario=scenario(MAP), enemy_shoots=True, see_enemy_actions=True, walls_cause_death=True,
+        attack_mode="closest",
+    )  # fmt: skip
+    key, start = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(seed), slot))
+    _, state = env.reset(start)
+    state = state.replace(state=state.state.replace(step=jax.numpy.array(clock)))
+    total, steps, dones = 0.0, 0, {"__all__": False}
+    while not dones["__all__"]:
+        key, sub = jax.random.split(key)
+        stop = {agent: jax.numpy.array(4) for agent in env.agents}
+        _, state, reward, dones, _ = env.step_env(sub, state, stop)
+        total, steps = total + float(reward[env.agents[0]]), steps + 1
+    enemies = state.state.unit_alive[env.num_allies :]
+    return 10 * total, steps, not bool(enemies.any())
+
+
+@pytest.mark.parametrize("clock", [0, 90, 100])
+def test_episodes_are_those_of_a_plain_jaxmarl_loop(env, clock):
+    env.reset(seed=3)
+    advance_clock(env, np.full(SLOTS, clock))
+    stop = np.eye(env.spec.action_dim)[np.full((SLOTS, env.spec.num_agents), 4)]
+    total, steps, won = np.zeros(SLOTS), np.zeros(SLOTS, int), np.zeros(SLOTS, bool)
+    done = np.zeros(SLOTS, bool)
+    while not done.all():
+        steps += ~done
+        now = env.step(stop)
+        total, won, done = total + now.reward, won | now.won, now.done
+    for slot in range(3):
+        expected = play_plainly(3, slot, clock)
+        assert (total[slot], steps[slot], won[slot]) == pytest.approx(expected, abs=1e-4)
+    if clock:
+        assert (steps == 101 - clock).all()  # nobody has died by then
+
+
+def test_what_smac_does_not_show_is_left_out():
+    shown, everything = envs.make(MAP), envs.make(MAP, hide=False)
+    all_names = [*shown._env.unit_features] * 5 + [
+        *shown._env.own_features
+    ]  # two allies, 3 enemies
+    assert len(all_names) == everything.spec.obs_dim
+    kept = [all_names[k] for k in shown.columns]
+    assert kept[:9] == ["health", "position_x", "position_y"] + [
+        f"unit_type_bits_{k}" for k in range(6)
+    ]
+    assert kept[-10:] == shown._env.own_features  # its own cooldown is an agent's to know
+    a, b = shown.reset(seed=1), everything.reset(seed=1)
+    assert np.array_equal(a.obs, b.obs[..., shown.columns])
+
+
+def test_a_snapshot_goes_on_from_the_same_state(env):
+    env.reset(seed=5)
+    stop = np.eye(env.spec.action_dim)[np.full((SLOTS, env.spec.num_agents), 4)]
+    for _ in range(3):
+        env.step(stop)
+    kept = env.snapshot()
+    now = env.step(stop)
+    env.restore(kept, seed=0)
+    again = env.step(stop)
+    np.testing.assert_allclose(again.state, now.state, atol=0.5)  # the randomness is another
+    env.restore(kept, seed=0)
+    assert np.array_equal(env.step(stop).state, again.state)

@@ -136,7 +136,7 @@ def test_what_cannot_be_watched_is_told_in_one_sentence(tmp_path):
     torch.save({"weights": 1}, tmp_path / "checkpoint.pt")
     assert "is not a checkpoint of this program" in told()
     save_run(tmp_path, "3m", obs_dim=30)
-    assert "(agents, observation size) (3, 30), but 3m on smax has (3, 75)" in told()
+    assert "(agents, observation size) (3, 30), but 3m on smax has (3, 55)" in told()
     save_run(tmp_path, "3m", actions=5)
     assert "is not a macql.Actor for 3m on smax" in told()
     save_run(tmp_path, "3m", backend="offline")

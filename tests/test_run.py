@@ -128,7 +128,7 @@ FLAGS = [
     "--no-lr-decay --ema-decay 0", "--no-shared-actor", "--critics 1",
     "--conservative expectation", "--backup max", "--bellman-on real", "--bc-on both",
     "--normalise-q", "--wm-weight-decay 1.0", "--synthetic-fraction 0", "--synthetic-fraction 1",
-    "--no-warm-start", "--epsilon 0", "--u-scale 2", "--cql-alpha 9", "--bc-lambda 9",
+    "--no-warm-start", "--epsilon 0", "--u-scale 0.002", "--cql-alpha 9", "--bc-lambda 9",
     "--cap 0.01", "--gamma 0.5", "--tau 0.5", "--rollout-batch-size 4", "--batch-size 8",
     "--lr 0.01", "--hidden 8", "--wm-batch-size 8", "--horizon 1", "--rollout-interval 1",
     "--wm-updates 3", "--paper",
@@ -280,7 +280,7 @@ def test_a_dataset_of_other_sizes_is_refused(go, dataset, tmp_path):
     nameless.write_bytes(dataset.read_bytes())
     with h5py.File(nameless, "r+") as f:
         del f.attrs["env_id"]
-    with pytest.raises(SystemExit, match=r"\(3, 101, 96, 10\).*\(5, 127, 120, 10\)"):
+    with pytest.raises(SystemExit, match=r"\(3, 73, 96, 10\).*\(5, 91, 120, 10\)"):
         go("--dataset", str(nameless), "--env-id", "2s3z")
 
 

@@ -192,8 +192,8 @@ def test_actions_reach_the_motors_of_their_agents(env_id):
     np.testing.assert_array_equal(env.partition.split(joint), actions[0])
     env.reset(seed=1)
     env.step(actions)
-    ctrl = env._envs[0].unwrapped.data.ctrl
-    np.testing.assert_allclose(ctrl, joint * env._envs[0].action_space.high)
+    ctrl = env.robots[0].unwrapped.data.ctrl
+    np.testing.assert_allclose(ctrl, joint * env.robots[0].action_space.high)
     reference.close()
 
 
@@ -221,7 +221,7 @@ def test_actions_are_clipped_and_scaled_by_motor_strength():
     humanoid = envs.make("Humanoid-9|8")  # its motors have strength 0.4
     humanoid.reset(seed=1)
     humanoid.step(np.ones((1, 2, 9)))
-    assert np.allclose(humanoid._envs[0].unwrapped.data.ctrl, 0.4)
+    assert np.allclose(humanoid.robots[0].unwrapped.data.ctrl, 0.4)
 
 
 @needs_robots
@@ -242,13 +242,13 @@ def test_render_must_be_prepared_and_needs_opengl(monkeypatch):
     with pytest.raises(ValueError, match=r"need envs.make\(..., render=True\)"):
         plain.render()
     env = envs.make("Hopper-3x1", num_envs=2, render=True)
-    assert [e.render_mode for e in env._envs] == ["rgb_array", None]
+    assert [e.render_mode for e in env.robots] == ["rgb_array", None]
     env.reset(seed=1)
 
     def fails():
         raise AttributeError("'NoneType' object has no attribute 'glGetError'")
 
-    env._envs[0] = types.SimpleNamespace(render=fails, render_mode="rgb_array")
+    env.robots[0] = types.SimpleNamespace(render=fails, render_mode="rgb_array")
     with pytest.raises(OSError, match="cannot draw off screen here.*libegl1"):
         env.render()
 

@@ -1,0 +1,97 @@
+"""The true simulator as a world model: it starts where the recording was, and LOGO can replace it."""
+
+import numpy as np
+import pytest
+import torch
+
+import datasets
+import envs
+import train
+from behaviour import record
+from benchmark import oracle
+from experiment.diagnostics import replay
+
+
+def load(env_id: str, quality: str, episodes: int, folder):
+    path = folder / f"{env_id}.h5"
+    record.record(env_id, quality, episodes, 0, path)
+    return datasets.load_dataset(path, 0.3, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def smax(tmp_path_factory):
+    return load("3s_vs_5z", "mixed", 5, tmp_path_factory.mktemp("smax"))
+
+
+def make_model(env_id: str, data):
+    spec = envs.make(env_id).spec
+    torch.manual_seed(0)
+    return train.make_world_model(train.defaults(env_id), spec, data)
+
+
+def uniform(obs, avail, generator):
+    noise = torch.rand(avail.shape, generator=generator)
+    return torch.nn.functional.one_hot((noise * avail).argmax(-1), avail.shape[-1]).float()
+
+
+def test_smax_goes_on_from_recorded_rows(smax):
+    data, metadata = smax
+    model = make_model("3s_vs_5z", data)
+    perfect = oracle.Oracle(model, oracle.Smax(data, metadata), data, ())
+    rows = data.train[torch.arange(0, len(data.train), 7)]
+    starts = data.gather(rows)
+    g = torch.Generator().manual_seed(0)
+    out = perfect.imagine(replay([starts.actions]), starts, 1, g)
+    assert np.array_equal(perfect.rows(starts), rows.numpy())
+    assert torch.equal(out["obs"][0], starts.obs)
+    # SMAX draws who is hit first: most of the state is as it was recorded, all of it is near
+    assert ((out["state"][1] - starts.next_state).abs() < 1e-4).float().mean() > 0.9
+    assert torch.equal(out["uncertainty"], torch.zeros_like(out["reward"]))
+    assert (out["terminated"][0] == starts.terminated).float().mean() > 0.95
+
+
+def test_all_parts_by_the_model_are_the_model(smax):
+    data, metadata = smax
+    model = make_model("3s_vs_5z", data)
+    replaced = oracle.Oracle(model, oracle.Smax(data, metadata), data, oracle.PARTS)
+    starts = data.sample(6, torch.Generator().manual_seed(1))
+    g, same = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
+    out = replaced.imagine(uniform, starts, 4, g)
+    torch.randint(2**31, (), generator=same)  # the simulator's seed
+    for name, x in model.imagine(uniform, starts, 4, same).items():
+        assert torch.equal(out[name], x), name
+
+
+def test_a_robot_goes_on_from_recorded_rows(tmp_path):
+    data, metadata = load("Hopper-3x1", "medium", 3, tmp_path)
+    model = make_model("Hopper-3x1", data)
+    perfect = oracle.Oracle(model, oracle.Robot(data, metadata), data, ())
+    starts = data.sample(40, torch.Generator().manual_seed(1))
+    out = perfect.imagine(replay([starts.actions]), starts, 1, torch.Generator().manual_seed(0))
+    # Velocities beyond 10 are clipped in the recording, and contacts remember their last forces.
+    near = torch.isclose(out["state"][1], starts.next_state, atol=2e-3, rtol=1e-3)
+    assert near.float().mean() > 0.85
+    assert (out["reward"][0] - starts.reward).abs().median() < 1e-3
+    assert torch.equal(out["terminated"][0], starts.terminated)
+
+
+def test_windows_are_recorded_steps_up_to_the_end_of_the_episode(smax):
+    data, _ = smax
+    placebo = oracle.Windows(make_model("3s_vs_5z", data), data)
+    starts = data.sample(50, torch.Generator().manual_seed(1))
+    out = placebo.imagine(None, starts, 15, None)
+    assert torch.equal(out["obs"][0], starts.obs) and torch.equal(out["obs"][1], starts.next_obs)
+    assert torch.equal(out["actions"][0], starts.actions)
+    assert torch.equal(out["reward"][0], starts.reward)
+    assert (out["valid"][0] == 1).all() and (out["valid"].diff(dim=0) <= 0).all()
+    ended = (out["valid"][:-1] == 1) & (out["valid"][1:] == 0)
+    assert (out["terminated"].sum(0) <= 1).all() and ended.any()
+
+
+def test_a_recording_of_another_program_is_refused(smax):
+    data, metadata = smax
+    with pytest.raises(ValueError, match="is not a recording of SMAX by this program"):
+        oracle.replay_smax(data, metadata | {"backend": "smac"})
+    moved = metadata | {"seed": 1}
+    with pytest.raises(ValueError, match="computes differently"):
+        oracle.replay_smax(data, moved)
