@@ -44,7 +44,7 @@ MUJOCO_ROBOTS = (
 )
 SMAX_REWARD_SCALE = 10.0  # SMAX pays at most 2 per episode, SMAC at most 20: we report SMAC's scale
 # What SMAX shows of every other unit and SMAC does not. A clone of a policy that sees the last
-# actions learns to repeat them instead of what to do [de Haan et al., 2019; results/README.md].
+# actions learns to repeat them instead of what to do [de Haan et al., 2019; docs/data.md].
 HIDDEN = ("last_movement_x", "last_movement_y", "last_targeted", "weapon_cooldown")
 SMACV2_ID = re.compile(r"(protoss|terran|zerg)_([1-9]\d*)_vs_([1-9]\d*)")
 BACKENDS = {  # and what each of them plays

@@ -1,7 +1,7 @@
 """Measurements and the CSV files that keep them: a dataclass is a line, its fields the columns.
 
-results/runs.csv has one line per finished run (`Result`), results/speed.csv one per timing
-(`timing.Row`). An empty cell is a value that does not exist, e.g. a win rate of a robot.
+results/runs.csv and results/ceiling.csv (runs of oracle.py and what they are compared with) have
+one line per finished run (`Result`), results/speed.csv one per timing (`timing.Row`). An empty cell is a value that does not exist, e.g. a win rate of a robot.
 """
 
 import csv
@@ -20,6 +20,7 @@ from datasets import write_atomic
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "results" / "runs.csv"
+CEILING = ROOT / "results" / "ceiling.csv"
 SPEED = ROOT / "results" / "speed.csv"
 LOCK = threading.Lock()  # of `record`: the runs of a grid finish in several threads
 

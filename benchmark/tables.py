@@ -13,7 +13,7 @@ import numpy as np
 from behaviour import Quality
 from benchmark.grid import METHODS
 from benchmark.markdown import fill_files, table
-from benchmark.rows import ROOT, RUNS, SPEED, Result, read
+from benchmark.rows import CEILING, ROOT, RUNS, SPEED, Result, read
 from benchmark.speed_tables import speed_tables
 from benchmark.timing import Row
 from envs import PAPER_MUJOCO, PAPER_SMAC
@@ -198,15 +198,19 @@ def results_tables(rows: list[Result]) -> dict[str, str]:
     return {make.__name__.replace("_", "-"): make(groups) for make in makers}
 
 
-def tables(results: Path = RUNS, timings: Path = SPEED, write: bool = False) -> None:
+def tables(
+    results: Path = RUNS, ceiling: Path = CEILING, timings: Path = SPEED, write: bool = False
+) -> None:
     """Print all tables, or write them into README.md, results/README.md and docs/speed.md.
 
     Args:
         results: file of finished runs, as `grid` writes it
+        ceiling: the same of runs with the true simulator as the world model
         timings: file of measurements, as `speed` writes it
         write: replace the text between `<!-- table: NAME -->` and `<!-- /table -->` instead
     """
     made = results_tables(read(results, Result))
+    made["ceiling"] = scores(group(read(ceiling, Result)))
     made["speed"] = speed_tables(read(timings, Row))
     if write:
         for path in fill_files(TEXTS, made):

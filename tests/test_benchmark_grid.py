@@ -193,6 +193,7 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
 
 def test_the_texts_hold_the_tables_of_the_committed_rows():
     made = tables.results_tables(read(tables.RUNS, Result))
+    made["ceiling"] = tables.scores(tables.group(read(tables.CEILING, Result)))
     made["speed"] = tables.speed_tables(read(tables.SPEED, tables.Row))
     used = set()
     for path in tables.TEXTS:

@@ -1,4 +1,4 @@
-"""The true simulator as a world model: it starts where the recording was, and LOGO can replace it."""
+"""The true simulator as a world model: it starts in recorded rows, and LOGO can replace it."""
 
 import numpy as np
 import pytest

@@ -676,7 +676,7 @@ def test_estimated_log_sum_exp_finds_a_known_integral():
 
 
 @pytest.mark.parametrize("centre", [0.0, 0.9, 1.0, -1.0])
-def test_estimated_log_sum_exp_near_the_edge_of_the_box_equals_an_integral(centre):
+def test_log_sum_exp_at_the_edge_of_the_box_is_the_integral(centre):
     # Q = 2a - a^2 in one dimension: half of the draws around an edge lie outside of the box.
     expected, _ = scipy.integrate.quad(lambda a: math.exp(2 * a - a * a), -1, 1)
     _, every = data_and_all_values(
