@@ -182,7 +182,7 @@ class Oracle(nn.Module):
             actions = policy(obs, avail, generator)
             out = model.step(obs, state, actions) if theirs else {"uncertainty": 0 * valid}
             now = self.simulator.step(actions.cpu().numpy())
-            true = {k: torch.as_tensor(getattr(now, k), dtype=torch.float32, device=obs.device)
+            true = {k: torch.tensor(getattr(now, k), dtype=torch.float32, device=obs.device)
                     for k in ("obs", "state", "reward", "terminated", "truncated")}  # fmt: skip
             obs, state, reward = true["obs"], true["state"], true["reward"]
             if "obs" in theirs:
@@ -192,7 +192,7 @@ class Oracle(nn.Module):
             if "reward" in theirs:
                 reward = model.clamp_to_data("reward", out["reward"])
             if avail is not None:
-                avail = torch.as_tensor(now.avail, device=obs.device)
+                avail = torch.tensor(now.avail, device=obs.device)
                 avail = out["next_avail"] if "avail" in theirs else avail
             terminated, done = true["terminated"], true["terminated"] + true["truncated"]
             if "end" in theirs:
@@ -316,6 +316,9 @@ def cli(argv: list[str] | None = None) -> dict:
 
     name = "windows" if mine.windows else "-".join(["simulator", *mine.model])
     args = train.parse(flags)
+    if args.out is None:
+        folder = Path("runs") / f"{args.env_id}-{args.quality}-{name}-seed{args.seed}"
+        flags, args.out = [*flags, "--out", str(folder)], folder
     if args.synthetic_fraction == 0:
         sys.exit("python -m benchmark.oracle: --synthetic-fraction 0 leaves no place for a model.")
     final = train.cli(flags, learner=learner, world_model=world_model, method=name)
@@ -323,8 +326,7 @@ def cli(argv: list[str] | None = None) -> dict:
         made["model"].eval()
         measured = by_depth(made["learner"], made["model"], made["simulator"], made["data"],
                             args.gamma, args.horizon)  # fmt: skip
-        folder = args.out or Path("runs") / "oracle"
-        write_atomic(folder / "depth.json", json.dumps(measured, indent=2).encode())
+        write_atomic(args.out / "depth.json", json.dumps(measured, indent=2).encode())
     return final
 
 

@@ -1,7 +1,8 @@
 """Measurements and the CSV files that keep them: a dataclass is a line, its fields the columns.
 
 results/runs.csv and results/ceiling.csv (runs of oracle.py and what they are compared with) have
-one line per finished run (`Result`), results/speed.csv one per timing (`timing.Row`). An empty cell is a value that does not exist, e.g. a win rate of a robot.
+one line per finished run (`Result`), results/speed.csv one per timing (`timing.Row`). An empty cell
+is a value that does not exist, e.g. a win rate of a robot.
 """
 
 import csv

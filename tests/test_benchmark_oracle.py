@@ -1,5 +1,7 @@
 """The true simulator as a world model: it starts in recorded rows, and LOGO can replace it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -95,3 +97,20 @@ def test_a_recording_of_another_program_is_refused(smax):
     moved = metadata | {"seed": 1}
     with pytest.raises(ValueError, match="computes differently"):
         oracle.replay_smax(data, moved)
+
+
+def test_a_run_ends_with_values_by_depth(tmp_path, smax):
+    path = smax[1]["path"]
+    flags = (
+        f"--model reward end --env-id 3s_vs_5z --dataset {path} --updates 4 --wm-updates 2 "
+        "--hidden 8 --eval-every 4 --eval-episodes 2 --rollout-interval 2 --rollout-batch-size 8 "
+        f"--horizon 3 --out {tmp_path / 'run'}"
+    )
+    final = oracle.cli(flags.split())
+    depth = json.loads((tmp_path / "run" / "depth.json").read_text())
+    assert final["method"] == "simulator-reward-end"
+    names = {"monte_carlo", "value_true", "spread_true", "value_imagined", "spread_imagined"}
+    assert set(depth) == names and {len(x) for x in depth.values()} == {3}
+    assert depth["monte_carlo"][0] >= 0 and depth["spread_true"][0] > 0
+    with pytest.raises(SystemExit, match="leaves no place for a model"):
+        oracle.cli(["--synthetic-fraction", "0"])
