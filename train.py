@@ -117,7 +117,7 @@ class Args:
     critics: int = 2
     """D7: K, the Bellman target takes the minimum; paper: 1 [TD3]"""
     gamma: float = 0.95
-    """discount per step; the field's 0.99 learns less within these few updates [ours]"""
+    """discount per step; 0.99 helps MACQL and harms LOGO, see results/README.md [ours]"""
     tau: float = 0.05
     """D19: share by which the target critic follows per update; paper: 1 [ours]"""
     cql_alpha: float = 0.1
