@@ -2,7 +2,7 @@
 
   OfflineDataset   D:   recorded episodes, sampled uniformly; some episodes are held out for testing
   SyntheticBuffer  D_m: the latest imagined rollouts, sampled with the weights of Eq. (7),
-                        w = softmax(P_u),  P_u = clip(C - u / u_scale, [0, C]),  u = uncertainty
+                        w = softmax(P_u),  P_u = clip(C - u / unit, [0, C]),  u = uncertainty
   mix              one training batch out of both (Algorithm 1, lines 24-29)
 
     data = OfflineDataset(obs, state, actions, avail, reward, terminated, lengths)
@@ -14,7 +14,7 @@ Both store every observation once: the successor of a transition is another row 
 
 Departures from the paper, each with a flag of train.py (docs/deviations.md):
   D10  D_m keeps the latest rollouts only.
-  D20  u is divided by `u_scale` before it enters P_u.
+  D20  u is measured in quarters of its median over recorded states.
 
 Sizes: B batch, N agents, O observation, S state, A action (one-hot if discrete), H horizon,
        R rows of D (transitions plus one final observation per episode), M rollouts per collection.
@@ -111,7 +111,8 @@ class OfflineDataset:
         return self.gather(self.train[pick])
 
     def statistics(self) -> dict[str, torch.Tensor]:
-        """Of o (N,O), s (S,), r () and terminated () in D: mean, std, min and max, as obs_mean, ...
+        """Of o (N,O), s (S,), r () and terminated () in D: mean, std, min, max and zero, as
+        obs_mean, ...; zero is the share of rows in which an entry is exactly 0.
 
         The standard deviation is exactly 0 where a column is constant, and elsewhere at least a
         thousandth of its range, so that a rare value is no more than a thousand of them away.
@@ -122,7 +123,8 @@ class OfflineDataset:
             low, high = x.amin(0), x.amax(0)
             std = torch.maximum(x.std(0, correction=0), 1e-3 * (high - low))
             std = torch.where(high == low, 0.0, std)
-            moments = {"mean": x.mean(0), "std": std, "min": low, "max": high}
+            zero = (x == 0).double().mean(0)
+            moments = {"mean": x.mean(0), "std": std, "min": low, "max": high, "zero": zero}
             result |= {f"{name}_{moment}": value.float() for moment, value in moments.items()}
         return result
 
@@ -139,7 +141,8 @@ class SyntheticBuffer:
         device: where the rows are kept.
         discrete: rows have a mask of available actions.
         cap: C of Eq. (7): bound of P_u; exp(-C) is the smallest relative weight of a row.
-        u_scale: unit of u in P_u; the paper: 1.
+        u_scale: unit of u in P_u; the paper: 1. 0: a quarter of u's median on recorded states, with
+            which the weights use some quarter to half of D_m, however large the state is.
         weighted: False samples every row alike (the ablation without Eq. (7)).
     """
 
@@ -147,7 +150,7 @@ class SyntheticBuffer:
 
     def __init__(
         self, retain, horizon, rollouts, num_agents, obs_dim, state_dim, action_dim, device,
-        discrete=True, cap=10.0, u_scale=0.2, weighted=True,
+        discrete=True, cap=10.0, u_scale=0.0, weighted=True,
     ):  # fmt: skip
         self.retain, self.horizon, self.rollouts, self.collections = retain, horizon, rollouts, 0
         self.cap, self.u_scale, self.weighted = cap, u_scale, weighted
@@ -159,6 +162,7 @@ class SyntheticBuffer:
         self.actions = column(num_agents, action_dim)
         self.avail = column(num_agents, action_dim) if discrete else None
         self.reward, self.terminated = column(), column()
+        self.effective_share = torch.zeros((), device=device, dtype=torch.float64)
         self.p_u = torch.full((retain, horizon, rollouts), -torch.inf, device=device)
 
     def add(self, rollout: dict[str, torch.Tensor]) -> None:
@@ -175,7 +179,9 @@ class SyntheticBuffer:
                 getattr(self, name)[slot] = rollout[name]
         for name in ("actions", "reward", "terminated"):
             getattr(self, name)[slot, :-1] = rollout[name]
-        u = rollout["uncertainty"] / self.u_scale  # Deviation D20
+        # Deviation D20: the first step of every rollout is from a recorded state
+        unit = self.u_scale or 0.25 * rollout["uncertainty"][0].median().clamp(min=1e-9)
+        u = rollout["uncertainty"] / unit
         p_u = (self.cap - u).clamp(0, self.cap) if self.weighted else torch.zeros_like(u)
         self.p_u[slot] = p_u.masked_fill(rollout["valid"] == 0, -torch.inf)
         self.collections += 1

@@ -2,16 +2,17 @@
 
   predict  (o^i, a^i, s) --E_p--> o_hat^i       next observation of each agent, by its own network
   deduce   (o_hat^1..n)  --R_d--> s', r'        next state and reward, from all predictions together
-  doubt    (o, a, s)     --E_ps-> s_hat, r_hat  the same, predicted directly;  u = |s_hat - s'|
-  imagine  predict and deduce in turn, H steps, with a policy choosing the actions
+  observe  (s', r')      --E_d--> o'^i          what each agent sees of that state
+  doubt    (o, a, s)     --E_ps-> s_hat, r_hat  s' and r' predicted directly;  u = |s_hat - s'|
+  imagine  predict, deduce and observe in turn, H steps, with a policy choosing the actions
 
     world_model = LogoWM(num_agents, obs_dim, state_dim, action_dim, statistics=data.statistics())
     loss, metrics = world_model.loss(batch)                                  # train with any Adam
     rollout = world_model.imagine(policy, starts, horizon=15, generator=g)   # for SyntheticBuffer
 
-`batch` and `starts` are `buffer.Batch`es, or anything with the same fields. Two more networks are
-for training only: R_p recovers (o^i, a^i) from o_hat^i, and E_d predicts the next observations from
-the true next state and reward, so that R_d also learns to invert that.
+`batch` and `starts` are `buffer.Batch`es, or anything with the same fields. R_p is for training
+only: it recovers (o^i, a^i) from o_hat^i. E_d learns from the true next state and reward, and R_d
+to invert it.
 
   E_p  encoder of the predictive model   R_p  its decoder     Eq. (2), Sec. 4.2
   E_d  encoder of the deductive model    R_d  its decoder     Eq. (3), (4), Sec. 4.2
@@ -23,19 +24,23 @@ buffers of the module and so part of its state_dict.
 Departures from the paper, each with a flag of train.py (docs/deviations.md):
   D1  R_d also sees s (and a) and predicts the change of s: what no agent observes cannot be
       deduced from o_hat.
-  D2  Eq. (4) feeds E_p with (o_t, a_t, s_t), as Eq. (2) does; the paper prints o_{t+1}.
   D3  Two heads beyond the paper predict available actions and the end of the episode.
   D4  Imagined observations, states and rewards are clamped to the range of the data.
-Readings, where the paper leaves a choice: the Gaussians have variance 1, and their means are used
-wherever the paper samples from E_p, E_d or E_ps; E_p and E_ps predict changes of o and s; E_ps is
-one joint network, though Eq. (6) is written per agent; one state encoder serves all agents; norms
-in the losses are sums over dimensions.
+  D11 Entries that are exactly 0 in a part of the data (units out of sight, or dead) have a
+      probability of being 0. A mean would be something that never occurs: a unit half in sight.
+  D22 In a rollout agents observe E_d's o', which fits the deduced state; the paper: o_hat.
+Readings, where the paper leaves a choice: Eq. (4) feeds E_p with (o_t, a_t, s_t), as Eq. (2) does,
+though it prints o_{t+1}, which is what is to be predicted; the Gaussians have variance 1, and their
+means are used wherever the paper samples from E_p, E_d or E_ps; E_p and E_ps predict changes of o
+and s; E_ps is one joint network, though Eq. (6) is written per agent; one state encoder serves all
+agents; E_d is one network per agent; norms in the losses are sums over dimensions.
 
 Sizes: B batch, N agents, O observation, S state, A action (one-hot if discrete), H horizon.
        o (B,N,O)  s (B,S)  a (B,N,A)  r (B,)  avail (B,N,A)
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -72,6 +77,13 @@ def gaussian_nll(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     return 0.5 * (x - mean).square().sum(-1)
 
 
+class Prediction(NamedTuple):
+    """Of observations or states, in standardised units: means, and which entries are 0."""
+
+    value: torch.Tensor  # the mean of an entry, given that it is not 0 in raw units
+    logit: torch.Tensor | None  # of the probability that it is not; None: it never is (paper)
+
+
 class LogoWM(nn.Module):
     """The whole world model; the module's docstring explains the names of the networks.
 
@@ -82,9 +94,10 @@ class LogoWM(nn.Module):
         statistics: of the data: obs_mean (N,O), state_std (S,), reward_min (), ... as
             `buffer.OfflineDataset.statistics` returns them; None = standardised already, no clamp.
         deduce_from: what R_d sees: "obs" (the paper), "obs+state" or "obs+state+actions".
-        eq4_input: what E_p sees in Eq. (4): "obs" as in Eq. (2), or "next_obs" as Eq. (4) prints.
         heads: False = the paper: rollouts never end, every action is available.
         clamp: False = the paper: imagined values may leave the range of the data.
+        zeros: False = the paper: Gaussians alone, also for entries that are often exactly 0.
+        observe: what the policy sees in a rollout: "deduced" or, as in the paper, "predicted".
     """
 
     compilable = ("loss", "step")  # functions of tensors alone, for torch.compile
@@ -99,24 +112,26 @@ class LogoWM(nn.Module):
         discrete: bool = True,
         statistics: dict[str, torch.Tensor] | None = None,
         deduce_from: str = "obs+state+actions",
-        eq4_input: str = "obs",
         heads: bool = True,
         clamp: bool = True,
+        zeros: bool = True,
+        observe: str = "deduced",
     ):
         super().__init__()
         n, o, s, a, h = num_agents, obs_dim, state_dim, action_dim, hidden
-        self.discrete, self.deduce_from, self.eq4_input = discrete, deduce_from, eq4_input
-        self.heads, self.clamp = heads, clamp
+        self.discrete, self.deduce_from = discrete, deduce_from
+        self.heads, self.clamp, self.zeros, self.observe = heads, clamp, zeros, observe
+        k = 2 if zeros else 1  # numbers per entry: a mean, and a logit
         self.enc_state = mlp(s, h)  # h_s, shared by the agents
         self.enc_obs = agent_mlp(n, o + a, h)  # h_o
-        self.enc_p = agent_mlp(n, 2 * h, h, o)  # E_p: (h_s, h_o) -> o_hat - o
+        self.enc_p = agent_mlp(n, 2 * h, h, k * o)  # E_p: (h_s, h_o) -> o_hat - o
         self.dec_p = agent_mlp(n, o, h, o + a)  # R_p: o_hat -> (o, a)
-        self.enc_d = mlp(s + 1, h, h, n * o)  # E_d: (s_next, r) -> o_next of all agents
+        self.enc_d = agent_mlp(n, s + 1, h, h, k * o)  # E_d: (s_next, r) -> o_next
         context = ("state" in deduce_from) * s + ("actions" in deduce_from) * n * a
-        self.dec_d = mlp(n * o + context, h, h, s + 1)  # R_d: o_hat of all agents -> (s', r')
+        self.dec_d = mlp(n * o + context, h, h, k * s + 1)  # R_d: o_hat of all agents -> (s', r')
         self.enc_ps = mlp(s + n * o + n * a, h, h, s + 1)  # E_ps -> (s_hat - s, r_hat)
         self.avail_head = agent_mlp(n, o, h // 2, a) if discrete else None  # Deviation D3
-        self.done_head = mlp(s, h // 2, 1)  # Deviation D3
+        self.end_head = mlp(s, h // 2, 2)  # Deviation D3: is s' the end, and its reward if it is
         default = {"mean": 0.0, "std": 1.0, "min": -torch.inf, "max": torch.inf}
         for name, shape in {"obs": (n, o), "state": (s,), "reward": ()}.items():
             for moment, value in default.items():
@@ -125,6 +140,10 @@ class LogoWM(nn.Module):
                 if moment == "std":  # a constant column carries no information: leave it at 0
                     tensor = torch.where(tensor == 0, 1.0, tensor)
                 self.register_buffer(key, tensor)
+            if name != "reward":  # Deviation D11
+                share = statistics[f"{name}_zero"] if statistics else torch.zeros(shape)
+                sometimes = (share > 1e-3) & (share < 1 - 1e-3)
+                self.register_buffer(f"{name}_sometimes_zero", sometimes)
         can_end = (statistics or {}).get("terminated_max", torch.ones(()))
         self.register_buffer("can_end", can_end.clone())  # 0: no episode of the data terminates
 
@@ -143,21 +162,57 @@ class LogoWM(nn.Module):
         low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
         return torch.maximum(torch.minimum(x, high), low)
 
-    def predict(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """E_p: o_hat (B,N,O), the mean next observations; everything standardised."""
+    def prediction(self, name: str, out: torch.Tensor, now: torch.Tensor | float) -> Prediction:
+        """A network's output (...,D) or (...,2D) as changes from `now`, and logits."""
+        value, logit = out.chunk(2, -1) if self.zeros else (out, None)
+        if logit is not None:  # other entries are surely not 0
+            logit = torch.where(getattr(self, f"{name}_sometimes_zero"), logit, torch.inf)
+        return Prediction(now + value, logit)
+
+    def mean(self, name: str, x: Prediction) -> torch.Tensor:
+        """The expected value, standardised; what the deduction and u are computed from."""
+        if x.logit is None:
+            return x.value
+        p = x.logit.sigmoid()
+        return p * x.value + (1 - p) * self.standardise(name, torch.zeros_like(x.value))
+
+    def decide(self, name: str, x: Prediction) -> torch.Tensor:
+        """The likelier of 0 and the mean, in raw units; what imagined rows are made of."""
+        value = self.restore(name, x.value)
+        return value if x.logit is None else torch.where(x.logit > 0, value, 0.0)
+
+    def nll(self, name: str, truth: torch.Tensor, x: Prediction) -> torch.Tensor:
+        """-log of the prediction's density at the raw `truth`, summed over the last dimension."""
+        error = 0.5 * (self.standardise(name, truth) - x.value).square()  # of a Gaussian
+        if x.logit is None:
+            return error.sum(-1)
+        sometimes = getattr(self, f"{name}_sometimes_zero")
+        nonzero = torch.where(sometimes, truth != 0, True).to(error)
+        logit = x.logit.masked_fill(~sometimes, 0.0)  # whose loss must stay finite
+        loss = F.binary_cross_entropy_with_logits(logit, nonzero, reduction="none")
+        return (loss * sometimes + nonzero * error).sum(-1)
+
+    def predict(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> Prediction:
+        """E_p: the next observations (B,N,O); everything standardised."""
         h_s = self.enc_state(s).relu_().unsqueeze(1).expand(-1, o.shape[1], -1)  # (B,N,hidden)
         h_o = self.enc_obs(torch.cat([o, a], -1)).relu_()  # (B,N,hidden)
-        return o + self.enc_p(torch.cat([h_s, h_o], -1))
+        return self.prediction("obs", self.enc_p(torch.cat([h_s, h_o], -1)), o)
 
-    def deduce(self, o_hat: torch.Tensor, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        """R_d: (s', r') (B,S+1) from the observations of all agents; everything standardised."""
+    def deduce(self, o_hat, s, a) -> tuple[Prediction, torch.Tensor]:
+        """R_d: s' (B,S) and r' (B,) from the observations of all agents; all standardised."""
         known = [o_hat.flatten(1)]
         if "state" in self.deduce_from:  # Deviation D1
             known.append(s)
         if "actions" in self.deduce_from:  # Deviation D1
             known.append(a.flatten(1))
         out = self.dec_d(torch.cat(known, -1))
-        return out + F.pad(s, (0, 1)) if "state" in self.deduce_from else out
+        now = s if "state" in self.deduce_from else 0.0
+        return self.prediction("state", out[:, :-1], now), out[:, -1]
+
+    def look(self, s: torch.Tensor, r: torch.Tensor) -> Prediction:
+        """E_d: the observations (B,N,O) in the next state s (B,S), after r (B,); standardised."""
+        x = torch.cat([s, r.unsqueeze(-1)], -1).unsqueeze(1)  # (B,1,S+1)
+        return self.prediction("obs", self.enc_d(x.expand(-1, len(self.obs_mean), -1)), 0.0)
 
     def predict_directly(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         """E_ps: (s_hat, r_hat) (B,S+1) without the way through o_hat; everything standardised."""
@@ -172,51 +227,57 @@ class LogoWM(nn.Module):
         Args:
             batch: a `buffer.Batch`, raw units.
         Returns:
-            the loss (), and its parts detached: L_p, L_d, L_Rd, L_ps, L_done, L_avail.
+            the loss (), and its parts detached: L_p, L_d, L_Rd, L_ps, L_end, L_avail.
         """
         o, s = self.standardise("obs", batch.obs), self.standardise("state", batch.state)
-        o_next = self.standardise("obs", batch.next_obs)
         s_next = self.standardise("state", batch.next_state)
         r = self.standardise("reward", batch.reward)
         a, size, n = batch.actions, len(s), o.shape[1]
         s_and_r = torch.cat([s_next, r.unsqueeze(-1)], -1)  # (B,S+1)
 
+        def distance(deduced: tuple[Prediction, torch.Tensor]) -> torch.Tensor:
+            """|[s_next + r] - R_d|^2 (B,): without D11, nll is half of the squared distance."""
+            s_prime, r_prime = deduced
+            error = (r - r_prime).square()  # Deviation D3: of the last step's, see end_head
+            error = error * (1 - batch.terminated) if self.heads else error
+            return 2 * self.nll("state", batch.next_state, s_prime) + error
+
         # Predictive model. The decoder's gradient reaches E_p: it is there to shape o_hat.
-        o_hat = self.predict(o, a, s)  # (B,N,O)
-        encoder_p = gaussian_nll(o_next, o_hat)  # (B,N)  -log T(o_next | s, o, a)
+        predicted = self.predict(o, a, s)  # (B,N,O)
+        o_hat = self.mean("obs", predicted)
+        encoder_p = self.nll("obs", batch.next_obs, predicted)  # (B,N)  -log T(o_next | s, o, a)
         decoder_p = (torch.cat([o, a], -1) - self.dec_p(o_hat)).square().sum(-1)  # (B,N)
         assert encoder_p.shape == decoder_p.shape == (size, n)
         loss_p = (encoder_p + decoder_p).sum(1).mean()  # Eq. (2)
 
         # Deductive model: an auto-encoder of (s_next, r) through the joint observation.
-        o_d = self.enc_d(s_and_r)  # (B,N*O)
-        encoder_d = gaussian_nll(o_next.flatten(1), o_d)  # (B,)  -log P(o_next | s_next, r)
-        decoder_d = (s_and_r - self.deduce(o_d.view_as(o), s, a)).square().sum(-1)  # (B,)
+        o_d = self.look(s_next, r)  # (B,N,O)
+        encoder_d = self.nll("obs", batch.next_obs, o_d).sum(1)  # (B,)  -log P(o_next | s_next, r)
+        decoder_d = distance(self.deduce(self.mean("obs", o_d), s, a))  # (B,)
         assert encoder_d.shape == decoder_d.shape == (size,)
         loss_d = (encoder_d + decoder_d).mean()  # Eq. (3)
 
         # R_d on the predictions that it gets when imagining. The gradient reaches E_p as well.
-        # Deviation D2: with eq4_input "obs" this is the o_hat from above.
-        guess = o_hat if self.eq4_input == "obs" else self.predict(o_next, a, s)
-        deduced = self.deduce(guess, s, a)  # (B,S+1)
-        assert deduced.shape == s_and_r.shape
-        loss_rd = (s_and_r - deduced).square().sum(-1).mean()  # Eq. (4)
+        deduced = self.deduce(o_hat, s, a)
+        loss_rd = distance(deduced).mean()  # Eq. (4)
 
         loss_ps = gaussian_nll(s_and_r, self.predict_directly(o, a, s)).mean()  # Eq. (6)
 
-        # Deviation D3. Detached: the heads read the predictions and do not change them.
-        # They read what `step` shows them: deductions from o_hat, whatever Eq. (4) feeds E_p with.
-        shown = deduced if guess is o_hat else self.deduce(o_hat, s, a)  # (B,S+1)
-        loss_done = F.binary_cross_entropy_with_logits(
-            self.done_head(shown[:, :-1].detach()).squeeze(-1), batch.terminated
-        )
-        loss_avail = torch.zeros_like(loss_done)
+        # Deviation D3. The heads read what a rollout consists of, and do not change it.
+        with torch.no_grad():
+            s_seen = self.standardise("state", self.decide("state", deduced[0]))
+            shown = self.look(s_seen, deduced[1]) if self.observe == "deduced" else predicted
+            o_seen = self.standardise("obs", self.decide("obs", shown))
+        is_end, last_r = self.end_head(s_seen).unbind(-1)  # (B,) logit, standardised
+        loss_end = F.binary_cross_entropy_with_logits(is_end, batch.terminated)
+        loss_end = loss_end + 0.5 * (batch.terminated * (r - last_r).square()).mean()
+        loss_avail = torch.zeros_like(loss_end)
         if self.discrete:
-            logits = self.avail_head(o_hat.detach())  # (B,N,A)
+            logits = self.avail_head(o_seen)  # (B,N,A)
             loss_avail = F.binary_cross_entropy_with_logits(logits, batch.next_avail)
-        total = loss_p + loss_d + loss_rd + loss_ps + loss_done + loss_avail
+        total = loss_p + loss_d + loss_rd + loss_ps + loss_end + loss_avail
         parts = {"L_p": loss_p, "L_d": loss_d, "L_Rd": loss_rd, "L_ps": loss_ps}
-        parts |= {"L_done": loss_done, "L_avail": loss_avail}
+        parts |= {"L_end": loss_end, "L_avail": loss_avail}
         return total, {k: v.detach() for k, v in parts.items()}
 
     # ---------------------------------------------------------------------------------- using it
@@ -226,28 +287,44 @@ class LogoWM(nn.Module):
         """All predictions for one step from raw (o, s, a); raw units, not clamped.
 
         Returns:
-            next_obs (B,N,O), next_state (B,S), reward (B,), direct_state (B,S), direct_reward (B,),
-            uncertainty (B,) in standardised units, terminated (B,) probability, next_avail (B,N,A)
-            0/1 or None.
+            next_obs (B,N,O), next_state (B,S): see `decide`; mean_obs, mean_state: their expected
+            values; reward (B,) expected, and what it is if the episode goes on or ends there:
+            running_reward, last_reward (B,); direct_state (B,S), direct_reward (B,), uncertainty
+            (B,) in standardised units, terminated (B,) probability, next_avail (B,N,A) 0/1 or None.
         """
         o, s, a = self.standardise("obs", obs), self.standardise("state", state), actions
-        o_hat = self.predict(o, a, s)
-        s_prime, r_prime = self.deduce(o_hat, s, a).split([s.shape[-1], 1], -1)
+        predicted = self.predict(o, a, s)
+        s_prime, r_prime = self.deduce(self.mean("obs", predicted), s, a)
         s_hat, r_hat = self.predict_directly(o, a, s).split([s.shape[-1], 1], -1)
-        u = (s_hat - s_prime).norm(dim=-1)  # Eq. (5)
-        next_avail = None
+        mean_state = self.mean("state", s_prime)
+        u = (s_hat - mean_state).norm(dim=-1)  # Eq. (5)
+        next_state = self.decide("state", s_prime)
+        s_seen = self.standardise("state", next_state)
+        if self.observe == "deduced":  # Deviation D22
+            predicted = self.look(s_seen, r_prime)
+        next_obs, next_avail = self.decide("obs", predicted), None
         if self.discrete:
-            logits = self.avail_head(o_hat)  # (B,N,A)
+            logits = self.avail_head(self.standardise("obs", next_obs))  # (B,N,A)
             best = logits >= logits.amax(-1, keepdim=True)  # at least one action is available
             next_avail = ((logits > 0) | best).float()
+        terminated, running = torch.zeros_like(r_prime), self.restore("reward", r_prime)
+        reward = last = running
+        if self.heads:  # Deviation D3
+            is_end, last = self.end_head(s_seen).unbind(-1)
+            terminated, last = is_end.sigmoid() * self.can_end, self.restore("reward", last)
+            reward = torch.lerp(running, last, terminated)
         return {
-            "next_obs": self.restore("obs", o_hat),
-            "next_state": self.restore("state", s_prime),
-            "reward": self.restore("reward", r_prime.squeeze(-1)),
+            "next_obs": next_obs,
+            "next_state": next_state,
+            "mean_obs": self.restore("obs", self.mean("obs", predicted)),
+            "mean_state": self.restore("state", mean_state),
+            "reward": reward,
+            "running_reward": running,
+            "last_reward": last,
             "direct_state": self.restore("state", s_hat),
             "direct_reward": self.restore("reward", r_hat.squeeze(-1)),
             "uncertainty": u,
-            "terminated": self.done_head(s_prime).squeeze(-1).sigmoid() * self.can_end,
+            "terminated": terminated,
             "next_avail": next_avail,
         }
 
@@ -282,11 +359,13 @@ class LogoWM(nn.Module):
             obs, state, reward = out["next_obs"], out["next_state"], out["reward"]
             if self.clamp:  # Deviation D4
                 obs, state = self.clamp_to_data("obs", obs), self.clamp_to_data("state", state)
-                reward = self.clamp_to_data("reward", reward)
             done = torch.zeros_like(valid)
             if self.heads:  # Deviation D3: ends are random events in the data, so they are sampled
                 draw = torch.rand(valid.shape, generator=generator, device=valid.device)
                 done, avail = (draw < out["terminated"]).float(), out["next_avail"]
+                reward = torch.where(done > 0, out["last_reward"], out["running_reward"])
+            if self.clamp:
+                reward = self.clamp_to_data("reward", reward)
             now = (actions, reward, done, out["uncertainty"], valid)
             for name, value in zip(steps, now, strict=True):
                 steps[name].append(value)

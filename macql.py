@@ -26,8 +26,9 @@ Departures from the paper, each with a flag of train.py (docs/deviations.md):
   D5  log-sum-exp over all actions, where Eq. (10) has the policy's expected value.
   D6  the Bellman target follows the policy, where Eq. (11) has the maximum.
   D7  the minimum of two critics in the Bellman target.  D19 a slowly following target critic.
-  D8  the Bellman error on imagined rows too: Eq. (10) prints D, Algorithm 1 the sampled batch.
-  D9  cloning on real rows only: on imagined rows the policy would clone its own actions.
+  D8  imagined rows count in the Bellman error alone. Eq. (10) prints them where values are pushed
+      down, Eq. (12) in both of its terms; Algorithm 1 has one sampled batch for everything.
+  D4  the value in the Bellman target lies within the returns of recorded episodes.
   D12 step sizes fall linearly to zero.  D13 a moving average of the actor is evaluated.
   D14 one actor network for all agents.  D21 the value in Eq. (12) divided by its magnitude.
 Readings, where the paper leaves a choice: cloning is averaged over the agents, where Algorithm 1,
@@ -159,17 +160,21 @@ class Critic(nn.Module):
         self.standardise_state = Standardise(state_mean, state_std)
         self.register_buffer("agent_id", torch.eye(n))
         if discrete:
-            self.net = stacked_mlp(critics, s + o + n, hidden, hidden, action_dim)
+            self.from_state = StackedLinear(critics, s, hidden)
+            self.from_obs = StackedLinear(critics, o + n, hidden)
+            self.net = stacked_mlp(critics, hidden, hidden, action_dim)
         else:
             self.net = stacked_mlp(critics, s + n * action_dim, hidden, hidden, 1)
 
     def utilities(self, obs: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """q_i(s, o^i, .) of every discrete action: (K,B,N,A)."""
-        b, n, _ = obs.shape
-        s = self.standardise_state(state).unsqueeze(1).expand(-1, n, -1)
-        x = torch.cat([s, self.standardise_obs(obs), self.agent_id.expand(b, -1, -1)], -1)
-        x = x.flatten(0, 1).expand(self.critics, -1, -1)  # (K,B*N,S+O+N)
-        return self.net(x).view(self.critics, b, n, -1)
+        k, (b, n, _) = self.critics, obs.shape
+        s = self.standardise_state(state).expand(k, -1, -1)  # (K,B,S)
+        x = torch.cat([self.standardise_obs(obs), self.agent_id.expand(b, -1, -1)], -1)
+        x = x.flatten(0, 1).expand(k, -1, -1)  # (K,B*N,O+N)
+        # The first layer on [s, o^i, i] as a sum, so that the state's part is computed once
+        h = self.from_state(s).unsqueeze(2) + self.from_obs(x).view(k, b, n, -1)  # (K,B,N,hidden)
+        return self.net(h.relu_().flatten(1, 2)).view(k, b, n, -1)
 
     def forward(
         self, obs: torch.Tensor, state: torch.Tensor, actions: torch.Tensor
@@ -240,7 +245,8 @@ def critic_loss(
     noise: torch.Tensor | None = None,
     conservative: str = "logsumexp",
     backup: str = "policy",
-    bellman_on: str = "both",
+    imagined_in: str = "bellman",
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Conservative Q-learning on a mixed batch, summed over the K critics.
 
@@ -250,7 +256,9 @@ def critic_loss(
         noise: of `action_noise`, for the continuous log-sum-exp alone.
         conservative: "logsumexp" or, as Eq. (10) prints, "expectation" under the policy.
         backup: next actions by the "policy", or by the "max" of Eq. (11) (discrete actions).
-        bellman_on: rows of "both" (Algorithm 1) or of "real" data alone (Eq. (10)).
+        imagined_in: where imagined rows count: "bellman", in the Bellman error alone, or as Eq.
+            (10) is "printed", among the values that are pushed down alone.
+        bounds: of the next state's value in the Bellman target.
     """
     size, real = len(batch.reward), real_weights(is_real)
     with torch.no_grad():
@@ -261,6 +269,7 @@ def critic_loss(
         else:  # Deviation D6
             next_actions = actor(batch.next_obs, batch.next_avail)
         v_next = target(batch.next_obs, batch.next_state, next_actions).amin(0)  # Deviation D7
+        v_next = v_next.clamp(*bounds)  # Deviation D4
         y = batch.reward + gamma * (1 - batch.terminated) * v_next  # Eq. (11)
     if conservative == "expectation":
         with torch.no_grad():
@@ -270,8 +279,10 @@ def critic_loss(
     else:  # Deviation D5
         q_data, q_all = data_and_all_values(critic, batch, actor, noise)
     assert q_data.shape == q_all.shape == (critic.critics, size) and y.shape == (size,)
-    td = (q_data - y).square() * (real if bellman_on == "real" else 1.0)  # Deviation D8
-    regularisation = (q_all - q_data * real).mean(1).sum()
+    printed = imagined_in == "printed"
+    bellman_rows, pushed_down = (real, 1.0) if printed else (1.0, real)  # Deviation D8
+    td = (q_data - y).square() * bellman_rows
+    regularisation = (q_all * pushed_down - q_data * real).mean(1).sum()
     bellman = 0.5 * td.mean(1).sum()
     loss = alpha * regularisation + bellman  # Eq. (10)
     parts = {"td": bellman, "data": q_data.mean(), "all": q_all.mean(), "gap": regularisation}
@@ -285,7 +296,7 @@ def policy_loss(
     is_real: torch.Tensor,
     bc_lambda: float,
     normalise_q: bool = False,
-    bc_on: str = "real",
+    imagined_in: str = "bellman",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What the policies minimise: minus the value, plus the distance to the data's actions.
 
@@ -296,21 +307,21 @@ def policy_loss(
         is_real (B,): 1 where a row is of D.
         bc_lambda: lambda, weight of cloning.
         normalise_q: divide the value by its mean magnitude, as TD3+BC does.
-        bc_on: clone the rows of "both" (Eq. (12)) or of "real" data alone.
+        imagined_in: "printed" takes both terms on all rows, as Eq. (12); else on real ones alone.
     """
     size, pi = len(batch.reward), actor(batch.obs, batch.avail)  # (B,N,A)
+    rows = 1.0 if imagined_in == "printed" else real_weights(is_real)  # Deviation D8
     distance = (pi - batch.actions).square().sum(-1).mean(-1)  # (B,) |pi_i(o^i) - a^i|^2
     value = torch.zeros_like(distance)
     if critic is not None:
         value = critic(batch.obs, batch.state, pi).mean(0)  # (B,)
         if normalise_q:  # Deviation D21: lambda then has the same effect at any scale of rewards
-            value = value / value.detach().abs().mean().clamp(min=1e-6)
+            value = value / (value.detach().abs() * rows).mean().clamp(min=1e-6)
     assert value.shape == distance.shape == (size,)
-    rows = real_weights(is_real) if bc_on == "real" else 1.0  # Deviation D9
-    cloning = (distance * rows).mean()
+    cloning, value = (distance * rows).mean(), (value * rows).mean()
     # The paper prints what is maximised; this is minimised.
-    loss = bc_lambda * cloning - value.mean()  # Eq. (12)
-    return loss, {"q": value.mean().detach(), "bc": cloning.detach()}
+    loss = bc_lambda * cloning - value  # Eq. (12)
+    return loss, {"q": value.detach(), "bc": cloning.detach()}
 
 
 @torch.no_grad()
@@ -347,26 +358,27 @@ class MACQL:
         decay_updates: updates in which it falls linearly to zero; 0 keeps it constant.
         tau: share by which the target critic follows per update.
         ema_decay: decay per update of the moving average; 0 evaluates the latest actor.
-        gamma, cql_alpha, conservative, backup, bellman_on: see `critic_loss`.
-        bc_lambda, bc_on, normalise_q: see `policy_loss`.
+        gamma, cql_alpha, conservative, backup, bounds: see `critic_loss`.
+        imagined_in: see `critic_loss` and `policy_loss`.
+        bc_lambda, normalise_q: see `policy_loss`.
     """
 
     compilable = ("critic_loss", "policy_loss")  # functions of tensors alone, for torch.compile
 
     def __init__(
         self, actor: Actor, critic: Critic | None, lr=1e-3, decay_updates=0, tau=0.05,
-        ema_decay=0.995, gamma=0.95, cql_alpha=0.1, conservative="logsumexp", backup="policy",
-        bellman_on="both", bc_lambda=0.3, bc_on="real", normalise_q=False,
+        ema_decay=0.995, gamma=0.99, cql_alpha=0.1, conservative="logsumexp", backup="policy",
+        imagined_in="bellman", bounds=(-math.inf, math.inf), bc_lambda=0.3, normalise_q=False,
     ):  # fmt: skip
         self.actor, self.ema_actor = actor, copy.deepcopy(actor)
         self.critic, self.critic_target = critic, copy.deepcopy(critic)
         self.tau, self.ema_decay, self.conservative = tau, ema_decay, conservative
         self.critic_loss = partial(
             critic_loss, gamma=gamma, alpha=cql_alpha, conservative=conservative, backup=backup,
-            bellman_on=bellman_on,
+            imagined_in=imagined_in, bounds=bounds,
         )  # fmt: skip
         self.policy_loss = partial(
-            policy_loss, bc_lambda=bc_lambda, bc_on=bc_on, normalise_q=normalise_q
+            policy_loss, bc_lambda=bc_lambda, normalise_q=normalise_q, imagined_in=imagined_in
         )
         self.optimizers, self.schedules = {}, {}
         for name, network in (("actor", actor), ("critic", critic)):

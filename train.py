@@ -14,6 +14,7 @@ imagined transitions (Phase 3). The equations are in logo_wm.py, macql.py and bu
 import argparse
 import copy
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from buffer import OfflineDataset, SyntheticBuffer, mix
 from datasets import load_dataset
 from envs import evaluate
 from experiment import report, setup
+from experiment.diagnostics import returns_to_go
 from experiment.tracking import Run
 from logo_wm import LogoWM
 from macql import MACQL, Actor, Critic, descend, linear_decay, policy_loss
@@ -62,24 +64,33 @@ class Args:
     """start from the paper's literal reading: sets the flags marked "paper:" below [Sec. 4]"""
 
     # World model, Phase 1
-    wm_updates: int = 3_000
+    wm_updates: int = 2_000
     """gradient steps on the world model [ours: the paper gives no number]"""
     wm_batch_size: int = 256
     """B, rows per step [ours]"""
+    wm_lr: float = 3e-3
+    """step size of the world model's Adam [ours]"""
     wm_weight_decay: float = 0.1
     """D15: decoupled weight decay of the world model; paper: 0 [ours]"""
     deduce_from: Literal["obs", "obs+state", "obs+state+actions"] = "obs+state+actions"
     """D1: what R_d sees beside o_hat; paper: obs [Fig. 2]"""
-    eq4_input: Literal["obs", "next_obs"] = "obs"
-    """D2: observation that E_p sees in Eq. (4); paper: next_obs [Eq. 4]"""
     heads: bool = True
     """D3: learned heads for available actions and the episode's end; paper: no [ours]"""
     clamp: bool = True
-    """D4: keep imagined o, s, r inside the range of the data; paper: no [ours]"""
+    """D4: keep imagined o, s, r inside the range of the data, and the values in Bellman targets
+    inside that of its returns; paper: no [ours]"""
+    zeros: bool = True
+    """D11: entries that are often exactly 0 have a probability of it; paper: no [ours]"""
+    observe: Literal["deduced", "predicted"] = "deduced"
+    """D22: what agents see in a rollout: E_d's o' of the deduced state, or o_hat; paper: predicted
+    [ours]"""
 
     # Imagination, Phase 2
     horizon: int = 15
     """H, steps of an imagined rollout [Sec. 5.1]"""
+    imagine_after: float = 0.25
+    """D25: share of the updates that are on real rows alone before the first rollout; paper: 0
+    [ours]"""
     epsilon: float = 0.2
     """D16: share of random actions in a rollout (or noise); paper: 0 [ours]"""
     rollout_batch_size: int = 1_000
@@ -92,8 +103,9 @@ class Args:
     """use of u: sampling weight of Eq. (7), reward penalty of Eq. (1), or none [Sec. 4.3]"""
     cap: float = 10.0
     """C: bound of P_u; exp(-C) is the smallest relative weight [Sec. 4.3 gives no value]"""
-    u_scale: float = 0.2
-    """D20: unit of u in P_u, and 1 / lambda in Eq. (1); paper: 1 [ours]"""
+    u_scale: float = 0.0
+    """D20: unit of u in P_u, and 1 / lambda in Eq. (1); 0: a quarter of its median on recorded
+    states; paper: 1 [ours]"""
 
     # Policy, Phase 3
     updates: int = 8_000
@@ -106,8 +118,6 @@ class Args:
     """Adam's step size for every network [Table 8]"""
     lr_decay: bool = True
     """D12: step sizes fall linearly to zero; paper: no [ours]"""
-    ema_decay: float = 0.995
-    """D13: decay per update of the averaged actor that is evaluated; paper: 0 [ours]"""
     hidden: int = 256
     """width of all layers [Table 8]"""
     shared_actor: bool = True
@@ -116,8 +126,8 @@ class Args:
     """none leaves behaviour cloning [ours]"""
     critics: int = 2
     """D7: K, the Bellman target takes the minimum; paper: 1 [TD3]"""
-    gamma: float = 0.95
-    """discount per step; 0.99 helps MACQL and harms LOGO, see results/README.md [ours]"""
+    gamma: float = 0.99
+    """discount per step [ours: the paper gives no value]"""
     tau: float = 0.05
     """D19: share by which the target critic follows per update; paper: 1 [ours]"""
     cql_alpha: float = 0.1
@@ -126,16 +136,13 @@ class Args:
     """D5: values pushed down: log-sum-exp of all actions; paper: expectation [CQL]"""
     backup: Literal["policy", "max"] = "policy"
     """D6: next action in the Bellman target; paper: max [Eq. 11]"""
-    bellman_on: Literal["both", "real"] = "both"
-    """D8: rows of the Bellman error, both as in Algorithm 1; paper: real [Eq. 10]"""
+    imagined_in: Literal["bellman", "printed"] = "bellman"
+    """D8: where imagined rows count, in the Bellman error alone or as Eq. (10), (12) say; paper:
+    printed"""
     warm_start: bool = True
     """D18: start the policy from the clone; paper: no [ours]"""
     bc_lambda: float = 0.3
     """D17: lambda, weight of behaviour cloning in Eq. (12); paper: 1 [ours]"""
-    bc_on: Literal["real", "both"] = "real"
-    """D9: rows that are cloned; paper: both [Eq. 12]"""
-    normalise_q: bool = False
-    """D21: divide the value in Eq. (12) by its mean magnitude; paper: no [TD3+BC]"""
 
     # Evaluation and bookkeeping
     eval_every: int = 500
@@ -152,13 +159,14 @@ class Args:
 
 # Defaults where actions are continuous; chosen on other seeds than those reported
 CONTINUOUS = {"eval_episodes": 20, "updates": 5_000, "conservative": "expectation",
-              "normalise_q": True, "bc_lambda": 0.6}  # fmt: skip
+              "gamma": 0.95, "bc_lambda": 0.6}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
-PAPER = {"wm_weight_decay": 0.0, "deduce_from": "obs", "eq4_input": "next_obs", "heads": False,
-         "clamp": False, "epsilon": 0.0, "model_retain": 0, "u_scale": 1.0, "lr_decay": False,
-         "ema_decay": 0.0, "shared_actor": False, "critics": 1, "tau": 1.0,
-         "conservative": "expectation", "backup": "max", "bellman_on": "real",
-         "warm_start": False, "bc_lambda": 1.0, "bc_on": "both", "normalise_q": False}  # fmt: skip
+PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": False,
+         "clamp": False, "zeros": False, "observe": "predicted", "imagine_after": 0.0,
+         "epsilon": 0.0, "model_retain": 0, "u_scale": 1.0, "lr_decay": False,
+         "shared_actor": False, "critics": 1, "tau": 1.0, "conservative": "expectation",
+         "backup": "max", "imagined_in": "printed", "warm_start": False,
+         "bc_lambda": 1.0}  # fmt: skip
 
 
 def defaults(env_id: str, paper: bool = False) -> Args:
@@ -177,7 +185,8 @@ def make_world_model(args: Args, spec: envs.Spec, data: OfflineDataset) -> LogoW
     """The local predictive model M_p and the deductive model M_d, with E_ps."""
     return LogoWM(
         spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim, args.hidden, spec.discrete,
-        data.statistics(), args.deduce_from, args.eq4_input, args.heads, args.clamp,
+        data.statistics(), args.deduce_from, heads=args.heads, clamp=args.clamp, zeros=args.zeros,
+        observe=args.observe,
     ).to(data.obs.device)  # fmt: skip
 
 
@@ -189,10 +198,15 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
     critic = None
     if args.critic == "cql":
         critic = Critic(*obs, *state, *sizes, args.critics).to(data.obs.device)
+    bounds = (-math.inf, math.inf)
+    if args.clamp:  # Deviation D4
+        returns = returns_to_go(data, gamma=1.0)
+        bounds = (returns.min().item(), returns.max().item())
     return MACQL(
-        actor, critic, args.lr, args.updates if args.lr_decay else 0, args.tau, args.ema_decay,
-        args.gamma, args.cql_alpha, args.conservative, args.backup, args.bellman_on,
-        args.bc_lambda, args.bc_on, args.normalise_q,
+        actor, critic, args.lr, args.updates if args.lr_decay else 0, args.tau,
+        0.0 if args.paper else 0.995,  # Deviation D13
+        args.gamma, args.cql_alpha, args.conservative, args.backup, args.imagined_in, bounds,
+        args.bc_lambda, normalise_q=not (spec.discrete or args.paper),  # Deviation D21
     )  # fmt: skip
 
 
@@ -240,7 +254,7 @@ def main(
     if n_synthetic:
         world_model = world_model(args, spec, data)  # M_p and M_d
         wm_optimizer = torch.optim.AdamW(
-            world_model.parameters(), args.lr, weight_decay=args.wm_weight_decay, fused=True
+            world_model.parameters(), args.wm_lr, weight_decay=args.wm_weight_decay, fused=True
         )  # Deviation D15
         wm_schedule = linear_decay(wm_optimizer, args.wm_updates if args.lr_decay else 0)
         model_data = SyntheticBuffer(  # D_m
@@ -280,8 +294,10 @@ def main(
         for actor in (learner.actor, learner.ema_actor):
             actor.load_state_dict(bc_actor.state_dict())
     explore = partial(learner.actor.sample, epsilon=args.epsilon)  # Deviation D16
+    first = round(args.imagine_after * args.updates)  # Deviation D25
     for k in run.phase("policy", "Phases 2, 3: imagine, improve", args.updates):
-        if n_synthetic and k % args.rollout_interval == 0:  # Phase 2, lines 8-22
+        imagining = n_synthetic > 0 and k >= first
+        if imagining and (k - first) % args.rollout_interval == 0:  # Phase 2, lines 8-22
             with run.timed("imagine"):
                 starts = data.sample(args.rollout_batch_size, rng)
                 rollout = world_model.imagine(explore, starts, args.horizon, rng)
@@ -290,9 +306,10 @@ def main(
                     rollout["reward"] -= rollout["uncertainty"] / args.u_scale  # Eq. (1)
                 model_data.add(rollout)  # with P_u, for the weights of Eq. (7) when sampling
                 run.imagined_rows += args.horizon * args.rollout_batch_size
-        batch = data.sample(n_real, rng)  # Phase 3, lines 23-29: half of each batch is real
+        # Phase 3, lines 23-29: half of each batch is real
+        batch = data.sample(n_real if imagining else args.batch_size, rng)
         is_real = torch.ones_like(batch.reward)
-        if n_synthetic:
+        if imagining:
             batch, is_real = mix(batch, model_data.sample(n_synthetic, rng))
         metrics = learner.update(batch, is_real, rng)  # lines 30, 31
         if n_synthetic:

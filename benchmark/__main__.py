@@ -1,6 +1,7 @@
 """Many runs, the tables and pictures of their results, and measurements of speed.
 
 python -m benchmark grid      five maps x four qualities x {LOGO, MACQL} x 5 seeds
+python -m benchmark ceiling   the same learner with the true simulator as its world model
 python -m benchmark tables    every table of results, from results/runs.csv and results/speed.csv
 python -m benchmark figures   results/comparison.png
 python -m benchmark speed     updates and rollouts, timed, against an ensemble
@@ -11,14 +12,14 @@ import sys
 import tyro
 
 from benchmark.figures import figures
-from benchmark.grid import grid
+from benchmark.grid import ceiling, grid
 from benchmark.speed import speed
 from benchmark.tables import tables
 
 
 def cli(argv: list[str] | None = None) -> None:
     """The command line: an error is one sentence and a non-zero exit."""
-    commands = {"grid": grid, "tables": tables, "figures": figures, "speed": speed}
+    commands = {command.__name__: command for command in (grid, ceiling, tables, figures, speed)}
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m benchmark", description=__doc__, args=argv

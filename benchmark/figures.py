@@ -1,29 +1,41 @@
-"""results/comparison.png: the returns of results/runs.csv, drawn."""
+"""Pictures of the results: comparison.png from runs.csv, ceiling.png from ceiling.csv, depth.csv.
+
+Equal rows give equal bytes.
+"""
 
 import io
 from pathlib import Path
 from typing import get_args
 
 from behaviour import Quality
-from benchmark.grid import METHODS
-from benchmark.rows import ROOT, RUNS, Result, read
+from benchmark.grid import METHODS, ORACLES
+from benchmark.rows import CEILING, DEPTH, ROOT, RUNS, Depth, Result, read
 from benchmark.tables import NAMES, Groups, Runs, group
 from datasets import write_atomic
 from experiment.report import mean_and_interval
 
-COMPARISON = ROOT / "results" / "comparison.png"
 COLUMNS = 4  # panels side by side
 
 
-def figures(results: Path = RUNS, out: Path = COMPARISON) -> None:
-    """Draw the returns of every method, with its defaults, and of behaviour cloning.
+def figures(
+    results: Path = RUNS, ceiling: Path = CEILING, depth: Path = DEPTH,
+    folder: Path = ROOT / "results",
+) -> None:  # fmt: skip
+    """Draw the returns of every method and of behaviour cloning, and what a perfect model is worth.
 
     Args:
         results: file of finished runs, as `grid` writes it
-        out: picture to write
+        ceiling: the same of runs with the true simulator as the world model, by `ceiling`
+        depth: values along rollouts, by `ceiling`
+        folder: of the pictures comparison.png and ceiling.png
     """
-    write_atomic(out, draw(group(read(results, Result))))
-    print(f"wrote {out}")
+    pictures = {"comparison.png": draw(group(read(results, Result)))}
+    if depth.exists():
+        rows = read(depth, Depth)
+        pictures["ceiling.png"] = draw_ceiling(group(read(ceiling, Result)), rows)
+    for name, picture in pictures.items():
+        write_atomic(folder / name, picture)
+        print(f"wrote {folder / name}")
 
 
 def draw(groups: Groups) -> bytes:
@@ -57,6 +69,11 @@ def draw(groups: Groups) -> bytes:
         entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
     figure.supylabel("return, 95 % interval over seeds")
+    return png(figure)
+
+
+def png(figure) -> bytes:
+    """The figure as a file, without the date or the program's version in it."""
     memory = io.BytesIO()
     figure.savefig(memory, format="png", dpi=90, metadata={"Software": None})
     return memory.getvalue()
@@ -92,3 +109,63 @@ def draw_panel(ax, runs: dict[tuple[str, str], Runs]) -> None:
         ax.hlines(y, x - 0.4, x + 0.4, colors="black", lw=0.8, label="data")
     ax.set_xticks(range(len(qualities)), qualities)
     ax.set_xlim(-0.5, len(qualities) - 0.5)
+
+
+def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
+    """A PNG with one column per cell: returns by what D_m holds, and values by depth below.
+
+    Of a cell's variants the plain one is drawn in colour, all others in grey.
+
+    Raises:
+        ValueError: no run has values by depth.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cells = list(dict.fromkeys(cell for cell, variant, _ in groups if variant == ""))
+    if not cells:
+        raise ValueError("there is nothing to draw: no run of `ceiling` has the usual flags.")
+    figure = Figure(figsize=(4.2 * len(cells), 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(cells), squeeze=False)
+    methods = ["macql", *ORACLES]
+    for column, cell in enumerate(cells):
+        ax = axes[0, column]
+        for (other, variant, method), runs in groups.items():
+            scores = [row.return_mean for row in runs.values()]
+            if other == cell:
+                place = methods.index("model" if method == "logo" else method)
+                color = "lightgrey" if variant else "C0"
+                ax.plot(scores, [place] * len(scores), "o", color=color, zorder=1 + (not variant))
+        ax.set_yticks(range(len(methods)), [NAMES[m] for m in methods] if column == 0 else [])
+        ax.invert_yaxis()
+        ax.set_title(f"{cell.env_id}, {cell.quality}")
+        ax.set_xlabel("return (grey: other flags)")
+        draw_depth(axes[1, column], [d for d in depths if d.env_id == cell.env_id
+                                     and d.quality == cell.quality and not d.variant])  # fmt: skip
+    axes[1, 0].set_ylabel("discounted value")
+    entries = {}
+    for ax in axes[1]:
+        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
+    return png(figure)
+
+
+def draw_depth(ax, depths: list[Depth]) -> None:
+    """Along rollouts: what the critics say at true and imagined states, and what really comes."""
+    for k, method in enumerate(("simulator", "model")):
+        rows = sorted((d for d in depths if d.method == method), key=lambda d: (d.step, d.seed))
+        steps = sorted({d.step for d in rows})
+        for name, style in (("monte_carlo", ":"), ("value_true", "-"), ("value_imagined", "--")):
+            values = [[getattr(d, name) for d in rows if d.step == step] for step in steps]
+            means = [
+                sum(x) / len(x) if x and None not in x else float("nan")
+                for x in values
+            ]  # fmt: skip
+            label = {
+                "monte_carlo": "what the policy gets",
+                "value_true": "critics, true states",
+                "value_imagined": "critics, LOGO's states",
+            }[name]
+            ax.plot(steps, means, style, color=f"C{k}", label=f"{label} ({NAMES[method]})")
+    ax.set_xlabel("step of the rollout")

@@ -6,6 +6,7 @@ interrupted one is resumed from its checkpoint. Each finished run becomes a row 
 
 import dataclasses
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from tqdm import tqdm
 
 import train
 from behaviour import Quality
-from benchmark.rows import ROOT, RUNS, Result, machine, read, record, result
+from benchmark.oracle import PARTS
+from benchmark.rows import CEILING, DEPTH, ROOT, RUNS, Result, depths, machine, read, record, result
 from envs import PAPER_SMAC
 from experiment.setup import check_args
 from experiment.tracking import MAY_DIFFER, plain
@@ -27,6 +29,12 @@ from experiment.tracking import MAY_DIFFER, plain
 METHODS = {  # name -> flags of train.py
     "logo": [],
     "macql": ["--synthetic-fraction", "0"],
+}
+ORACLES = {  # name -> flags of benchmark/oracle.py: what D_m is filled with
+    "windows": ["--windows"],
+    "simulator": [],
+    **{f"simulator-{part}": ["--model", part] for part in PARTS},
+    "model": ["--model", *PARTS],  # all of a step by LOGO, for its values by depth
 }
 GIVEN = ["--env-id", "--quality", "--seed", "--out", "--resume"]  # by the grid, to every run
 # flags that have a column of their own, or that do not change what is computed
@@ -40,7 +48,8 @@ class Run(NamedTuple):
     variant: str  # flags that differ from the method's defaults
     quality: str  # of the data; with --dataset: the file's name
     folder: Path
-    flags: list[str]  # all but --out and --resume
+    program: list[str]  # train.py, or benchmark.oracle and its own flags
+    flags: list[str]  # of train.py, all but --out and --resume
     args: train.Args  # what the flags mean
 
 
@@ -63,20 +72,25 @@ def plan(env_ids, qualities, methods, seeds, flags: str, out: Path) -> list[Run]
     Raises:
         ValueError: flags that cannot work or that are the grid's own to give.
     """
-    more, taken = shlex.split(flags), GIVEN + [f for m in methods for f in METHODS[m]]
+    more, taken = shlex.split(flags), GIVEN + [f for m in methods for f in METHODS.get(m, [])]
     for flag in more:
         if flag.startswith("--") and flag.replace("_", "-").partition("=")[0] in taken:
             raise ValueError(f"--flags: {flag} is the grid's own to give.")
     runs = []
     axes = map(dict.fromkeys, (seeds, env_ids, qualities, methods))  # each value once
     for seed, env_id, quality, method in product(*axes):
-        given = ["--env-id", env_id, "--quality", quality, "--seed", str(seed), *METHODS[method]]
+        given = ["--env-id", env_id, "--quality", quality, "--seed", str(seed)]
+        given += METHODS.get(method, [])
         args = train.parse([*given, *more])
         check_args(dataclasses.replace(args, out=out))
         source = args.dataset.stem if args.dataset else quality
         folder = out / f"{env_id}-{source}-{method}-seed{seed}"
         usual = train.parse([*given, *(["--paper"] if args.paper else [])])
-        runs.append(Run(method, variant(args, usual), source, folder, [*given, *more], args))
+        program = ["train.py"]
+        if method in ORACLES:
+            program = ["-m", "benchmark.oracle", *ORACLES[method]]
+        differs = variant(args, usual)
+        runs.append(Run(method, differs, source, folder, program, [*given, *more], args))
     if len({run.folder for run in runs}) < len(runs):
         raise ValueError("--flags: --dataset is one file: give one of --qualities.")
     return runs
@@ -87,11 +101,13 @@ def finish(run: Run, results: Path) -> str | None:
     file = run.folder / "final.json"
     if not (finished := file.exists()):
         log = run.folder.with_name(run.folder.name + ".log")
-        command = [sys.executable, str(ROOT / "train.py"), *run.flags, "--out", str(run.folder)]
+        command = [sys.executable, *run.program, *run.flags, "--out", str(run.folder)]
+        command[1] = command[1].replace("train.py", str(ROOT / "train.py"))
         if (run.folder / "checkpoint.pt").exists():
             command.append("--resume")
         with log.open("w") as text:
-            status = subprocess.run(command, stdout=text, stderr=text).returncode
+            variables = os.environ | {"PYTHONPATH": str(ROOT)}
+            status = subprocess.run(command, stdout=text, stderr=text, env=variables).returncode
         if status:
             last = log.read_text().splitlines()[-1:] or [f"exit status {status}"]
             return f"{run.folder.name}: {last[0]} (see {log})"
@@ -102,7 +118,7 @@ def finish(run: Run, results: Path) -> str | None:
         if differ:
             told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ)
             return f"{file} is of a run with {told}: give the same --flags, or another --out"
-        command = shlex.join(["python", "train.py", *run.flags])
+        command = shlex.join(["python", *run.program, *run.flags])
         where = machine(final["device"].split()[0])
         row = result(final, run.method, run.variant, run.quality, where, command)
     except (ValueError, KeyError, TypeError) as e:
@@ -110,6 +126,10 @@ def finish(run: Run, results: Path) -> str | None:
     recorded = read(results, Result) if finished and results.exists() else []
     if (row.key, row.commit) not in [(old.key, old.commit) for old in recorded]:
         record(results, row)
+        if (file := run.folder / "depth.json").exists():
+            values = json.loads(file.read_text())
+            for each in depths(values, row):
+                record(results.with_name(DEPTH.name), each)
     return None
 
 
@@ -153,3 +173,29 @@ def grid(
           f"{time.time() - started:.0f} s; python -m benchmark tables")  # fmt: skip
     if failures:
         raise ValueError(f"{len(failures)} runs failed, the first one: {failures[0]}")
+
+
+def ceiling(
+    env_ids: tuple[str, ...] = ("3s_vs_5z", "2s3z", "HalfCheetah-6x1"),
+    qualities: tuple[Quality, ...] = ("medium-replay", "medium"),
+    methods: tuple[Literal[*METHODS, *ORACLES], ...] = ("macql", *ORACLES),
+    seeds: tuple[int, ...] = (101,),
+    jobs: int = 1,
+    flags: str = "",
+    out: Path = Path("runs/ceiling"),
+    results: Path = CEILING,
+) -> None:
+    """What a perfect model would be worth: D_m filled by the simulator, part by part by LOGO.
+
+    Args:
+        env_ids: tasks
+        qualities: of the recorded data
+        methods: macql; windows (recorded steps as rollouts); simulator; simulator-PART (that part
+            of a step by LOGO); model (all of it by LOGO)
+        seeds: of networks, batches and rollouts
+        jobs: runs at the same time, each a process
+        flags: more flags of train.py for every run
+        out: folder of the runs and of their logs
+        results: file that receives a row per run; the values by depth go to depth.csv beside it
+    """
+    grid(env_ids, qualities, methods, seeds, jobs, flags, out, results)

@@ -189,8 +189,6 @@ class Oracle(nn.Module):
                 obs = model.clamp_to_data("obs", out["next_obs"])
             if "state" in theirs:
                 state = model.clamp_to_data("state", out["next_state"])
-            if "reward" in theirs:
-                reward = model.clamp_to_data("reward", out["reward"])
             if avail is not None:
                 avail = torch.tensor(now.avail, device=obs.device)
                 avail = out["next_avail"] if "avail" in theirs else avail
@@ -198,6 +196,9 @@ class Oracle(nn.Module):
             if "end" in theirs:
                 draw = torch.rand(valid.shape, generator=generator, device=obs.device)
                 terminated = done = (draw < out["terminated"]).float()
+            if "reward" in theirs:
+                reward = torch.where(terminated > 0, out["last_reward"], out["running_reward"])
+                reward = model.clamp_to_data("reward", reward)
             for name, x in zip(steps, (actions, reward, terminated, out["uncertainty"], valid),
                                strict=True):  # fmt: skip
                 steps[name].append(x)

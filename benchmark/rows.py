@@ -22,6 +22,7 @@ from datasets import write_atomic
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "results" / "runs.csv"
 CEILING = ROOT / "results" / "ceiling.csv"
+DEPTH = ROOT / "results" / "depth.csv"
 SPEED = ROOT / "results" / "speed.csv"
 LOCK = threading.Lock()  # of `record`: the runs of a grid finish in several threads
 
@@ -64,6 +65,39 @@ class Result:
         return self.method, self.variant, self.env_id, self.backend, self.quality, self.seed
 
 
+@dataclasses.dataclass
+class Depth:
+    """The critics along rollouts of one run of oracle.py: a line of depth.csv."""
+
+    method: str
+    variant: str
+    env_id: str
+    quality: str
+    seed: int
+    step: int  # of the rollout, from 0
+    monte_carlo: float | None  # discounted return that the policy really gets from there
+    value_true: float | None  # mean of the critics at the simulator's states
+    spread_true: float | None  # their standard deviation
+    value_imagined: float | None  # the same at LOGO's states
+    spread_imagined: float | None
+    commit: str
+
+    @property
+    def key(self) -> tuple:
+        """As `Result.key`."""
+        return self.method, self.variant, self.env_id, self.quality, self.seed, self.step
+
+
+def depths(values: dict[str, list], row: Result) -> list[Depth]:
+    """The content of a run's depth.json (`oracle.by_depth`), one line per step."""
+    same = row.method, row.variant, row.env_id, row.quality, row.seed
+    steps = range(len(values["monte_carlo"]))
+    return [
+        Depth(*same, k, **{name: x[k] for name, x in values.items()}, commit=row.commit)
+        for k in steps
+    ]
+
+
 def result(final: dict, method: str, variant: str, quality: str, machine: str, command: str):
     """The row of a run.
 
@@ -97,7 +131,7 @@ def result(final: dict, method: str, variant: str, quality: str, machine: str, c
     )
 
 
-def record(path: Path, row: Result) -> None:
+def record(path: Path, row: Result | Depth) -> None:
     """Write a run's row into the file, in place of the row with the same key if there is one.
 
     Safe to call from several threads of one process.
@@ -107,13 +141,13 @@ def record(path: Path, row: Result) -> None:
         OSError: the file cannot be written; it is then as it was.
     """
     with LOCK:
-        rows = read(path, Result) if path.exists() else []
+        rows = read(path, type(row)) if path.exists() else []
         keys = [old.key for old in rows]
         if row.key in keys:
             rows[keys.index(row.key)] = row
         else:
             rows.append(row)
-        write(path, rows, Result)
+        write(path, rows, type(row))
 
 
 def write(path: Path, rows: list[T], kind: type[T]) -> None:

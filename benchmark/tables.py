@@ -11,8 +11,9 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from behaviour import Quality
-from benchmark.grid import METHODS
+from benchmark.grid import METHODS, ORACLES
 from benchmark.markdown import fill_files, table
+from benchmark.oracle import PARTS
 from benchmark.rows import CEILING, ROOT, RUNS, SPEED, Result, read
 from benchmark.speed_tables import speed_tables
 from benchmark.timing import Row
@@ -21,7 +22,15 @@ from experiment.report import over_seeds
 
 TEXTS = tuple(ROOT / name for name in ("README.md", "results/README.md", "docs/speed.md"))
 BOOTSTRAP_DRAWS = 10_000
-NAMES = {"logo": "LOGO", "macql": "MACQL", "bc": "cloning"}  # a method that is not here: its key
+NAMES = {  # a method that is not here: its key
+    "logo": "LOGO",
+    "macql": "MACQL",
+    "bc": "cloning",
+    "windows": "recorded steps",
+    "model": "LOGO",
+    "simulator": "simulator",
+    **{f"simulator-{part}": f"its {part} by LOGO" for part in PARTS},
+}
 
 
 class Cell(NamedTuple):
@@ -47,7 +56,7 @@ def group(rows: Iterable[Result]) -> Groups:
 
         return (
             *place(row.env_id, tasks), row.backend, *place(row.quality, qualities), row.variant,
-            *place(row.method, METHODS), row.seed,
+            *place(row.method, (*METHODS, *ORACLES)), row.seed,
         )  # fmt: skip
 
     groups: Groups = {}
@@ -187,6 +196,21 @@ def origin(groups: Groups) -> str:
     )  # fmt: skip
 
 
+def ceiling_table(groups: Groups) -> str:
+    """One line per cell and variant: the return by what D_m is filled with."""
+    methods = ("macql", *ORACLES)
+    cells: dict[tuple[Cell, str], dict[str, Runs]] = {}
+    for (cell, variant, method), runs in groups.items():
+        cells.setdefault((cell, variant), {})["model" if method == "logo" else method] = runs
+    lines = []
+    for (cell, variant), by_method in cells.items():
+        scores = [over(by_method[m], "return_mean") if m in by_method else "" for m in methods]
+        first = next(iter(by_method.values()))
+        lines.append([*cell, code(variant), len(first), over(first, "clone_return"), *scores])
+    header = ["task", "simulator", "data", "flags", "seeds", "cloning", "nothing (MACQL)"]
+    return table([*header, *(NAMES[m] for m in ORACLES)], lines)
+
+
 def code(text: str) -> str:
     return f"`{text}`" if text else ""
 
@@ -210,7 +234,7 @@ def tables(
         write: replace the text between `<!-- table: NAME -->` and `<!-- /table -->` instead
     """
     made = results_tables(read(results, Result))
-    made["ceiling"] = scores(group(read(ceiling, Result)))
+    made["ceiling"] = ceiling_table(group(read(ceiling, Result)))
     made["speed"] = speed_tables(read(timings, Row))
     if write:
         for path in fill_files(TEXTS, made):

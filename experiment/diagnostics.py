@@ -78,11 +78,13 @@ def predict_held_out(model, data: OfflineDataset) -> dict[str, torch.Tensor]:
 
     Returns:
         next_obs (B,N,O), next_state (B,S), reward (B,); uncertainty (B,) where the model has one.
-        LogoWM adds the other entries of `LogoWM.step`, and its predictions are not clamped.
+        LogoWM adds the other entries of `LogoWM.step`; its predictions are expected values, not
+        clamped.
     """
     batch = data.gather(data.held_out)
     if isinstance(model, LogoWM):
-        return model.step(batch.obs, batch.state, batch.actions)
+        out = model.step(batch.obs, batch.state, batch.actions)
+        return out | {"next_obs": out["mean_obs"], "next_state": out["mean_state"]}
     rollout = model.imagine(replay([batch.actions]), batch, 1, generator_for(data))
     prediction = {
         "next_obs": rollout["obs"][1],
@@ -154,7 +156,7 @@ def deducibility(model: LogoWM, data: OfflineDataset) -> float:
     batch = data.gather(data.held_out)
     s, s_next = (model.standardise("state", x) for x in (batch.state, batch.next_state))
     o_next = model.standardise("obs", batch.next_obs)
-    deduced = model.deduce(o_next, s, batch.actions)[:, :-1]  # (B,S) without the reward
+    deduced = model.mean("state", model.deduce(o_next, s, batch.actions)[0])  # (B,S)
     unexplained = (deduced - s_next).square().sum()
     return 1 - (unexplained / (s_next - s_next.mean(0)).square().sum()).item()
 

@@ -23,7 +23,7 @@ from logo_wm import LogoWM
 from simulators import starcraft
 
 STARCRAFT_GAMES = 4  # processes of StarCraft II side by side, each with a gigabyte of memory
-SHARES = ("synthetic_fraction", "gamma", "tau", "ema_decay", "epsilon")
+SHARES = ("synthetic_fraction", "gamma", "tau", "epsilon", "imagine_after")
 MAY_BE_ZERO = ("seed", "threads", "model_retain")
 
 
@@ -42,13 +42,13 @@ def check_args(args) -> None:
         at_least = 0 if name in MAY_BE_ZERO else 1
         if type(value) is int and value < at_least:
             raise ValueError(f"{flag}: give {at_least} or more.")
-    if args.u_scale == 0:
-        raise ValueError("--u-scale is 0: give more, u is divided by it.")
     if args.synthetic_fraction > 0 and round(args.synthetic_fraction * args.batch_size) == 0:
         raise ValueError(
             f"--synthetic-fraction {args.synthetic_fraction} of --batch-size {args.batch_size} is "
             "less than a row: give 0 for MACQL, or more."
         )
+    if args.uncertainty == "penalty" and args.u_scale == 0:
+        raise ValueError("--uncertainty penalty: give --u-scale, 1 / lambda of Eq. (1), e.g. 0.2.")
     if args.critic == "none" and args.synthetic_fraction > 0:
         raise ValueError("--critic none clones real data: it needs --synthetic-fraction 0.")
     if args.track and importlib.util.find_spec("wandb") is None:

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from torch.nn import functional as F
 
-from buffer import Batch, OfflineDataset, SyntheticBuffer, mix
+from buffer import Batch, OfflineDataset, SyntheticBuffer, mix, unit_of
 from experiment.diagnostics import one_step_errors
 from logo_wm import LogoWM
 from macql import Actor, descend
@@ -101,6 +101,9 @@ def test_statistics_are_of_the_training_rows_alone():
     data.obs[data.held_out] = 1e6
     data.state[data.held_out] = -1e6
     data.reward[data.held_out] = 1e6
+    data.obs[data.train[::3], 0, 1] = data.state[data.train[::2], 1] = 0.0
+    data.obs[data.held_out, 0, 1] = 0.0
+    data.state[:, 2] -= 50.5
     stats, rows = data.statistics(), data.train.tolist()
     for name, column in (("obs", data.obs), ("state", data.state), ("reward", data.reward)):
         values = torch.stack([column[r] for r in rows]).double()
@@ -110,6 +113,9 @@ def test_statistics_are_of_the_training_rows_alone():
         torch.testing.assert_close(stats[f"{name}_std"].double(), std, rtol=1e-5, atol=0)
         assert torch.equal(stats[f"{name}_min"].double(), values.min(0).values)
         assert torch.equal(stats[f"{name}_max"].double(), values.max(0).values)
+        zero = sum((v == 0).double() for v in values) / len(rows)
+        torch.testing.assert_close(stats[f"{name}_zero"].double(), zero, rtol=1e-5, atol=0)
+    assert 0.3 < stats["obs_zero"][0, 1] < 0.4 and 0.4 < stats["state_zero"][1] < 0.6
     assert {k: v.shape for k, v in stats.items() if "mean" in k} == {
         "obs_mean": (N, O), "state_mean": (S,), "reward_mean": (), "terminated_mean": (),
     }  # fmt: skip
@@ -216,7 +222,7 @@ def test_p_u_stays_between_zero_and_the_cap(cap):
 
 
 def test_weights_at_zero_and_far_above_the_cap():
-    buffer, rollout = SyntheticBuffer(1, 1, 3, N, O, S, A, "cpu", cap=2.0), {}
+    buffer, rollout = SyntheticBuffer(1, 1, 3, N, O, S, A, "cpu", cap=2.0, u_scale=1.0), {}
     for name, shape in {"obs": (N, O), "state": (S,), "avail": (N, A), "actions": (N, A)}.items():
         rollout[name] = torch.zeros(1 if name == "actions" else 2, 3, *shape)
     rollout |= {k: torch.zeros(1, 3) for k in ("reward", "terminated")}
@@ -257,6 +263,37 @@ def test_u_scale_is_the_unit_of_u_in_p_u():
     coarse.add(rollout | {"uncertainty": rollout["uncertainty"] * 5})
     fine.add(rollout)
     assert torch.allclose(coarse.p_u, fine.p_u)
+
+
+@pytest.mark.parametrize("first", [[3.0, 8.0, 5.0], [8.0, 0.5, 5.0, 9.0, 0.0], [4.0]])
+def test_the_unit_of_u_is_a_quarter_of_its_median_on_recorded_states(first):
+    later = torch.full((2, len(first)), 1e6)
+    rollout = {"uncertainty": torch.cat([torch.tensor([first]), later])}
+    assert unit_of(rollout, 0.0).item() == sorted(first)[len(first) // 2] / 4
+    assert unit_of(rollout, 0.7) == 0.7
+
+
+def test_without_uncertainty_the_unit_of_u_is_positive():
+    buffer, rollout = make_buffer(cap=10.0, u_scale=0.0), make_rollout(0, torch.Generator())
+    still = rollout | {k: torch.zeros(HORIZON, ROLLOUTS) for k in ("uncertainty", "valid")}
+    still["valid"] += 1
+    assert 0 < unit_of(still, 0.0) < 1e-6
+    buffer.add(still)
+    assert (buffer.p_u[0, :HORIZON] == 10).all()
+
+
+def test_weights_do_not_depend_on_the_scale_of_u_by_default():
+    g = torch.Generator().manual_seed(0)
+    rollout = make_rollout(0, g)
+    found = []
+    for scale in (1.0, 64.0):
+        buffer = SyntheticBuffer(RETAIN, HORIZON, ROLLOUTS, N, O, S, A, "cpu")
+        buffer.add(rollout | {"uncertainty": rollout["uncertainty"] * scale})
+        found.append(buffer.p_u[0, :HORIZON][rollout["valid"] == 1])
+    assert torch.equal(*found) and found[0].max() - found[0].min() > 1
+    unit = rollout["uncertainty"][0].median() / 4
+    expected = (10 - rollout["uncertainty"] / unit).clamp(0, 10)[rollout["valid"] == 1]
+    torch.testing.assert_close(found[0], expected)
 
 
 def test_effective_share_is_one_where_all_rows_weigh_alike():
@@ -332,6 +369,7 @@ def test_units_do_not_matter():
         rows = 4 * 21
         obs, state = torch.randn(rows, N, O, generator=g), torch.randn(rows, S, generator=g)
         obs[..., 0], state[..., 1] = 3.0, -1.0  # columns that never vary
+        obs[::3, :, 1], state[::3, 0] = 0.0, 0.0  # and some that are often 0
         reward = torch.randn(rows, generator=g)
         actions = F.one_hot(torch.randint(A, (rows, N), generator=g), A).float()
         data = OfflineDataset(

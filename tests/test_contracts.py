@@ -1,6 +1,7 @@
 """train.main takes any learner and any world model that keep the contracts, and compiles them."""
 
 import copy
+import math
 import shutil
 
 import pytest
@@ -23,10 +24,13 @@ class CloningLearner:
         self.actor = macql.Actor(x["obs_mean"], x["obs_std"], spec.action_dim, args.hidden)
         self.ema_actor = copy.deepcopy(self.actor)
         self.optimizer = torch.optim.SGD(self.actor.parameters(), lr=0.1)
+        self.updates_on_real_rows = round(args.imagine_after * args.updates)
 
     def update(self, batch, is_real, generator):
         assert isinstance(generator, torch.Generator)
-        assert is_real.tolist() == [1.0] * 8 + [0.0] * 8
+        imagined = 0 if self.updates_on_real_rows > 0 else 8
+        self.updates_on_real_rows -= 1
+        assert is_real.tolist() == [1.0] * (16 - imagined) + [0.0] * imagined
         distance = (self.actor(batch.obs, batch.avail) - batch.actions).square().mean()
         self.optimizer.zero_grad()
         distance.backward()
@@ -78,6 +82,29 @@ def test_stand_ins_train_end_to_end(parts, dataset, tmp_path):
     metrics = (tmp_path / "run" / "metrics.csv").read_text()
     assert ("policy,6,distance" in metrics) == ("learner" in given)
     assert ("wm,4,error" in metrics) == ("world_model" in given)
+
+
+@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
+def test_a_flag_says_where_imagined_rows_count(imagined_in):
+    data, spec = make_data(True)
+    learner = train.make_learner(train.Args(hidden=8, imagined_in=imagined_in), spec, data)
+    for loss in (learner.critic_loss, learner.policy_loss):
+        assert loss.keywords["imagined_in"] == imagined_in
+
+
+@pytest.mark.parametrize(
+    "returns,bounds",
+    [([-2.0, 3.0, 1.0], (-2.0, 3.0)), ([4.0, 1.0], (0.0, 4.0)), ([-5.0, -2.0], (-5.0, 0.0))],
+)
+def test_targets_lie_within_the_returns_of_recorded_episodes_and_0(returns, bounds):
+    data, spec = make_data(True)
+    data.episode_returns = torch.tensor(returns)
+    learners = [
+        train.make_learner(train.Args(hidden=8, bounded_targets=x), spec, data)
+        for x in (True, False)
+    ]
+    found = [learner.critic_loss.keywords["bounds"] for learner in learners]
+    assert found == [bounds, (-math.inf, math.inf)]
 
 
 # --------------------------------------------------------------------------------- torch.compile

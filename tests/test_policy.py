@@ -82,8 +82,9 @@ def test_conservative_term_lowers_unseen_actions(conservative):
         assert (q[:, 1] - q[:, 0] > 0.5).all()
 
 
+@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
 @pytest.mark.parametrize("conservative", ["logsumexp", "expectation"])
-def test_conservative_gradient_is_policy_minus_data(conservative):
+def test_conservative_gradient_is_policy_minus_data(conservative, imagined_in):
     size, alpha = 12, 0.8
     g = torch.Generator().manual_seed(0)
     batch = bandit(size, g)
@@ -94,20 +95,23 @@ def test_conservative_gradient_is_policy_minus_data(conservative):
 
     def gradient(alpha):
         loss, _ = critic_loss(
-            critic, target, actor, batch, is_real, 0.99, alpha, None, conservative
-        )
+            critic, target, actor, batch, is_real, 0.99, alpha, None, conservative,
+            imagined_in=imagined_in,
+        )  # fmt: skip
         return torch.autograd.grad(loss, table)[0]
 
     pushed = (gradient(alpha) - gradient(0.0)) / alpha
     pi = actor(batch.obs, batch.avail)
     if conservative == "logsumexp":  # the softmax of Q itself
         pi = table.detach().masked_fill(batch.avail == 0, -torch.inf).softmax(-1)
-    # all values are pushed down on every row (mean over the batch), the data's up on real rows
+    # all values are pushed down on real rows or on every row, the data's up on real rows
     real_share = (is_real / is_real.sum()).view(-1, 1, 1)
-    expected = pi / size - batch.actions * real_share
+    lowered_share = 1 / size if imagined_in == "printed" else real_share
+    expected = pi * lowered_share - batch.actions * real_share
     torch.testing.assert_close(pushed, expected.expand_as(pushed).detach(), atol=1e-6, rtol=0)
     assert (pushed[..., UNAVAILABLE] == 0).all()
-    assert (pushed[..., UNSEEN] > 0).all()  # gradient descent lowers these
+    lowered = pushed if imagined_in == "printed" else pushed[:, is_real == 1]
+    assert (lowered[..., UNSEEN] > 0).all()  # gradient descent lowers these
     real = pushed[:, is_real == 1]
     taken = batch.actions[is_real == 1].bool().expand_as(real)
     assert (real[taken] < 0).all()  # and raises those
@@ -291,25 +295,53 @@ def macql(critic=True, **options) -> MACQL:
     return MACQL(make_actor(ACTIONS), make_critic(ACTIONS) if critic else None, **options)
 
 
-def test_an_update_is_one_step_on_critic_then_actor():
+OTHERWISE = {  # than the defaults, which are the first entries
+    "gamma": (0.99, 0.5),
+    "cql_alpha": (0.1, 2.0),
+    "conservative": ("logsumexp", "expectation"),
+    "backup": ("policy", "max"),
+    "imagined_in": ("bellman", "printed"),
+    "bounds": ((-np.inf, np.inf), (0.1, 0.2)),
+    "bc_lambda": (0.3, 1.5),
+    "normalise_q": (False, True),
+    "tau": (0.05, 0.5),
+    "ema_decay": (0.995, 0.8),
+}
+
+
+@pytest.mark.parametrize("option", ["nothing", *OTHERWISE])
+def test_an_update_is_one_step_on_critic_then_actor(option):
     """The same by hand, with plain autograd and a fresh Adam for each network."""
-    learner, by_hand = macql(lr=0.01, decay_updates=10), macql(lr=0.01)
+    given = {option: OTHERWISE[option][1]} if option in OTHERWISE else {}
+    x = {name: default for name, (default, _) in OTHERWISE.items()} | given
+    learner, by_hand = macql(lr=0.01, decay_updates=10, **given), macql(lr=0.01)
     batch, g = bandit(32, torch.Generator().manual_seed(0)), torch.Generator()
+    batch.terminated = (torch.arange(32) % 3 == 0).float()
     is_real = (torch.arange(32) % 2).float()
     metrics = learner.update(batch, is_real, g)
     loss, parts = critic_loss(
-        by_hand.critic, by_hand.critic_target, by_hand.actor, batch, is_real, 0.95, 0.1
-    )
+        by_hand.critic, by_hand.critic_target, by_hand.actor, batch, is_real, x["gamma"],
+        x["cql_alpha"], None, x["conservative"], x["backup"], x["imagined_in"],
+        x["bounds"],
+    )  # fmt: skip
     old_target = copy.deepcopy(by_hand.critic_target)
     adam = torch.optim.Adam(by_hand.critic.parameters(), lr=0.01, fused=True)
     loss.backward(inputs=list(by_hand.critic.parameters()))
     adam.step()
-    soft_update(old_target, by_hand.critic, 0.05)
-    loss, more = policy_loss(by_hand.actor, by_hand.critic, batch, is_real, 0.3)
+    soft_update(old_target, by_hand.critic, x["tau"])
+    loss, more = policy_loss(
+        by_hand.actor,
+        by_hand.critic,
+        batch,
+        is_real,
+        x["bc_lambda"],
+        x["normalise_q"],
+        x["imagined_in"],
+    )
     adam = torch.optim.Adam(by_hand.actor.parameters(), lr=0.01, fused=True)
     loss.backward(inputs=list(by_hand.actor.parameters()))
     adam.step()
-    soft_update(by_hand.ema_actor, by_hand.actor, 0.005)
+    soft_update(by_hand.ema_actor, by_hand.actor, 1 - x["ema_decay"])
     expected = {f"q_{k}": v for k, v in parts.items()} | {f"pi_{k}": v for k, v in more.items()}
     assert metrics == expected
     pairs = [(learner.actor, by_hand.actor), (learner.critic, by_hand.critic)]

@@ -2,17 +2,19 @@
 
 `LogoWM.loss` returns the sum and detached parts. To take the terms apart without touching the
 code, `Terms` listens to torch while the loss is computed: it keeps each tensor that is detached
-into `parts`, with its graph, and what `gaussian_nll` returned, so that Eq. (2) and (3) fall into
-encoder and decoder.
+into `parts`, with its graph, and what `LogoWM.nll` returned for observations, so that Eq. (2) and
+(3) fall into encoder and decoder.
 """
+
+import itertools
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-import logo_wm
 from buffer import Batch
+from logo_wm import LogoWM, Prediction
 from macql import Actor, Critic, action_noise, critic_loss, policy_loss
 
 B, N, O, S, A = 8, 3, 4, 5, 4  # noqa: E741
@@ -25,12 +27,12 @@ MOVES = {  # term -> the sub-networks that its gradient reaches
     "L_d decoder": {"enc_d", "dec_d"},
     "L_Rd": E_P | {"dec_d"},
     "L_ps": {"enc_ps"},
-    "L_done": {"done_head"},
+    "L_end": {"end_head"},
     "L_avail": {"avail_head"},
 }
 NETWORKS = (
     *("enc_state", "enc_obs", "enc_p", "dec_p", "enc_d", "dec_d", "enc_ps"),
-    *("avail_head", "done_head"),
+    *("avail_head", "end_head"),
 )
 
 
@@ -54,6 +56,18 @@ def make_batch(discrete: bool = True) -> Batch:
     )
 
 
+def make_statistics() -> dict[str, torch.Tensor]:
+    """Of standardised data whose last two columns are 0 in half of the rows."""
+    result = {}
+    for name, shape in {"obs": (N, O), "state": (S,), "reward": ()}.items():
+        for moment, value in {"mean": 0.0, "std": 1.0, "min": -9.0, "max": 9.0}.items():
+            result[f"{name}_{moment}"] = torch.full(shape, value)
+        result[f"{name}_zero"] = torch.zeros(shape)
+    for name in ("obs", "state"):
+        result[f"{name}_zero"][..., -2:] = 0.5
+    return result
+
+
 class Terms(TorchFunctionMode):
     """Keeps every scalar that is detached while it is on, with its graph."""
 
@@ -67,24 +81,29 @@ class Terms(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def make_model(**options) -> LogoWM:
+    torch.manual_seed(0)
+    return LogoWM(N, O, S, A, hidden=16, statistics=make_statistics(), **options)
+
+
 def take_apart(monkeypatch, **options):
     """(model, total, terms with their graphs)."""
-    torch.manual_seed(0)
-    model = logo_wm.LogoWM(N, O, S, A, hidden=16, **options)
-    likelihoods, original = [], logo_wm.gaussian_nll
+    model, batch = make_model(**options), make_batch()
+    batch.next_obs[::2, :, -1:] = batch.next_state[::2, -1:] = 0.0
+    likelihoods, original = [], model.nll
 
-    def listening(*args):
-        likelihoods.append(original(*args))
-        return likelihoods[-1]
+    def listening(name, *args):
+        likelihoods.append((name, original(name, *args)))
+        return likelihoods[-1][1]
 
-    monkeypatch.setattr(logo_wm, "gaussian_nll", listening)
+    monkeypatch.setattr(model, "nll", listening)
     with Terms() as listener:
-        total, parts = model.loss(make_batch())
+        total, parts = model.loss(batch)
     terms = dict(zip(parts, listener.scalars, strict=True))
     assert all(terms[k].item() == v.item() for k, v in parts.items())
-    encoder_p, encoder_d, _ = likelihoods
+    encoder_p, encoder_d = (value for name, value in likelihoods if name == "obs")  # (B,N)
     loss_p, loss_d = terms.pop("L_p"), terms.pop("L_d")
-    terms["L_p encoder"], terms["L_d encoder"] = encoder_p.sum(1).mean(), encoder_d.mean()
+    terms["L_p encoder"], terms["L_d encoder"] = (x.sum(1).mean() for x in (encoder_p, encoder_d))
     terms["L_p decoder"] = loss_p - terms["L_p encoder"]
     terms["L_d decoder"] = loss_d - terms["L_d encoder"]
     return model, total, terms
@@ -97,10 +116,19 @@ def gradients(term, net) -> list[torch.Tensor]:
     )
 
 
-@pytest.fixture(scope="module", params=["obs", "next_obs"])
+SETTINGS = {
+    "default": {},
+    "next_obs": {"eq4_input": "next_obs"},
+    "predicted": {"observe": "predicted"},
+    "gaussian": {"zeros": False},
+    "no heads": {"heads": False},
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
 def apart(request):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        yield take_apart(monkeypatch, eq4_input=request.param)
+        yield take_apart(monkeypatch, **SETTINGS[request.param])
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -135,20 +163,68 @@ def test_the_routes_are_the_same_whatever_the_deduction_sees(monkeypatch, deduce
             assert moved == (name in networks), (term, name)
 
 
+def test_only_entries_that_may_be_0_have_a_probability_to_learn():
+    model, batch = make_model(), make_batch()
+    batch.next_obs[::2, :, -2:] = batch.next_state[::2, -2:] = 0.0
+    total, _ = model.loss(batch)
+    total.backward()
+    ends = {"enc_p": O, "enc_d": O, "dec_d": S}
+    for name, size in ends.items():
+        last = getattr(model, name)[-1].bias.grad  # (N,1,2O), or (2S+1,)
+        value, logit = last[..., :size], last[..., size : 2 * size]
+        assert value.all() and logit[..., -2:].all() and not logit[..., :-2].any(), name
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_an_entry_that_is_0_does_not_move_its_mean():
+    model, batch = make_model(), make_batch()
+    value, logit = (torch.randn(B, N, O, requires_grad=True) for _ in range(2))
+    batch.next_obs[::2] = 0.0
+    model.nll("obs", batch.next_obs, Prediction(value, logit)).sum().backward()
+    moved = value.grad.ne(0)
+    assert moved[1::2].all() and moved[::2, :, :-2].all() and not moved[::2, :, -2:].any()
+    pushed = logit.grad[..., -2:]  # down where an entry is 0, up where it is not
+    assert (pushed[::2] > 0).all() and (pushed[1::2] < 0).all()
+
+
 def test_predictions_depend_on_own_observation_and_action():
-    torch.manual_seed(0)
-    model, batch = logo_wm.LogoWM(N, O, S, A, hidden=16), make_batch()
+    model, batch = make_model(), make_batch()
     o, a = batch.obs.clone().requires_grad_(), batch.actions.clone().requires_grad_()
-    o_hat = model.predict(o, a, batch.state)
-    for i in range(N):
-        for g in torch.autograd.grad(o_hat[:, i].sum(), (o, a), retain_graph=True):
+    predicted = model.predict(o, a, batch.state)
+    for i, x in itertools.product(range(N), (predicted.value, predicted.logit[..., -2:])):
+        for g in torch.autograd.grad(x[:, i].sum(), (o, a), retain_graph=True):
             assert g[:, i].any()
             assert not g[:, [j for j in range(N) if j != i]].any()
 
 
+def test_each_agent_has_its_own_view_of_the_deduced_state():
+    model, batch = make_model(), make_batch()
+    before = model.look(batch.state, batch.reward)
+    with torch.no_grad():
+        for p in model.enc_d.parameters():
+            p[1] += torch.randn_like(p[1])
+    after = model.look(batch.state, batch.reward)
+    assert before.value.shape == before.logit.shape == (B, N, O)
+    for a, b in zip(before, after, strict=True):
+        changed = a[..., -2:].ne(b[..., -2:])
+        assert changed[:, 1].all() and not changed[:, [0, 2]].any()
+
+
+@pytest.mark.parametrize("observe", ["deduced", "predicted"])
+def test_what_agents_see_comes_from_e_d_unless_they_see_predictions(observe):
+    model, batch = make_model(observe=observe), make_batch()
+
+    def seen():
+        return model.step(batch.obs, batch.state, batch.actions)["mean_obs"]
+
+    before = seen()
+    with torch.no_grad():
+        model.enc_d[-1].bias += 1.0
+    assert torch.equal(seen(), before) == (observe == "predicted")
+
+
 def test_using_the_model_leaves_no_graph_behind():
-    torch.manual_seed(0)
-    model, batch = logo_wm.LogoWM(N, O, S, A, hidden=16), make_batch()
+    model, batch = make_model(), make_batch()
     out = model.step(batch.obs, batch.state, batch.actions)
     assert not any(v.requires_grad for v in out.values())
     rolled = model.imagine(lambda *_: batch.actions, batch, 2, torch.Generator())
@@ -203,24 +279,50 @@ def test_policy_loss_moves_the_actor_alone(discrete, term):
     assert not any(v.requires_grad for v in parts.values())
 
 
-@pytest.mark.parametrize("bc_on,reached", [("real", False), ("both", True)])
-def test_bc_on_chooses_the_rows_that_are_cloned(bc_on, reached):
+@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
+def test_imagined_rows_are_cloned_as_the_paper_prints_it_alone(imagined_in):
     actor, _, _, batch, is_real = build_policy(True)
     actions = batch.actions.clone().requires_grad_()
-    loss, _ = policy_loss(actor, None, batch._replace(actions=actions), is_real, 1.0, bc_on=bc_on)
+    changed = batch._replace(actions=actions)
+    loss, _ = policy_loss(actor, None, changed, is_real, 1.0, imagined_in=imagined_in)
     (g,) = torch.autograd.grad(loss, actions)
     assert g[is_real == 1].any()
-    assert bool(g[is_real == 0].any()) == reached
+    assert bool(g[is_real == 0].any()) == (imagined_in == "printed")
 
 
-@pytest.mark.parametrize("rows", ["real", "both"])
-def test_bellman_on_chooses_the_rows_of_the_bellman_error(rows):
+@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
+def test_the_policy_is_improved_in_imagined_states_as_the_paper_prints_it_alone(imagined_in):
+    actor, critic, _, batch, is_real = build_policy(True)
+    state = batch.state.clone().requires_grad_()
+    changed = batch._replace(state=state)
+    loss, _ = policy_loss(actor, critic, changed, is_real, 0.0, imagined_in=imagined_in)
+    (g,) = torch.autograd.grad(loss, state)
+    assert g[is_real == 1].any()
+    assert bool(g[is_real == 0].any()) == (imagined_in == "printed")
+
+
+@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
+def test_imagined_rows_have_a_bellman_error_unless_as_printed(imagined_in):
     actor, critic, target, batch, is_real = build_policy(True)
     other = torch.where(is_real == 0, 5.0, 0.0)
 
     def part(batch):
         settings = (batch, is_real, 0.99, 1.0)
-        return critic_loss(critic, target, actor, *settings, bellman_on=rows)[1]["td"].item()
+        loss = critic_loss(critic, target, actor, *settings, imagined_in=imagined_in)
+        return loss[1]["td"].item()
 
     changed = batch._replace(state=batch.state + other[:, None], reward=batch.reward + other)
-    assert (part(changed) == part(batch)) == (rows == "real")
+    assert (part(changed) == part(batch)) == (imagined_in == "printed")
+
+
+@pytest.mark.parametrize("conservative", ["logsumexp", "expectation"])
+@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
+def test_imagined_values_are_pushed_down_as_printed_alone(imagined_in, conservative):
+    actor, critic, target, batch, is_real = build_policy(True)
+    changed = batch._replace(state=batch.state + torch.where(is_real == 0, 5.0, 0.0)[:, None])
+
+    def part(batch):
+        settings = (batch, is_real, 0.99, 1.0, None, conservative, "policy", imagined_in)
+        return critic_loss(critic, target, actor, *settings)[1]["gap"].item()
+
+    assert (part(changed) == part(batch)) == (imagined_in == "bellman")

@@ -14,7 +14,8 @@ READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.def
 SETTINGS = {
     "default": {},
     "expectation": {"conservative": "expectation", "backup": "max", "normalise_q": True},
-    "real": {"bellman_on": "real", "bc_on": "both"},
+    "printed": {"imagined_in": "printed", "bounded_targets": False},
+    "predicted": {"observe": "predicted", "u_scale": 0.2},
     "paper": train.PAPER,
 }
 
@@ -48,8 +49,10 @@ def make_data(discrete: bool) -> tuple[OfflineDataset, envs.Spec]:
     if discrete:
         actions = torch.eye(A)[torch.randint(A, (rows, N))]
     avail = torch.ones(rows, N, A) if discrete else None
-    columns = torch.randn(rows, N, OBS), torch.randn(rows, S), actions, avail, torch.randn(rows)
-    data = OfflineDataset(*columns, torch.zeros(rows), [STEPS] * EPISODES)
+    obs, state, reward = (torch.randn(rows, *size) for size in ((N, OBS), (S,), ()))
+    obs[::3, :, 0], state[::2, 1] = 0.0, 0.0  # columns that are often 0
+    terminated = (torch.arange(rows) % (STEPS + 1) == STEPS - 1).float()
+    data = OfflineDataset(obs, state, actions, avail, reward, terminated, [STEPS] * EPISODES)
     return data, envs.Spec("none", "offline", N, OBS, S, A, discrete, STEPS)
 
 
@@ -61,7 +64,7 @@ def test_training_reads_no_value(setting, discrete, one_hot_as_on_a_gpu):
     world_model, learner = (
         make(args, spec, data) for make in (train.make_world_model, train.make_learner)
     )
-    model_data = SyntheticBuffer(2, 3, 8, N, OBS, S, A, "cpu", discrete)
+    model_data = SyntheticBuffer(2, 3, 8, N, OBS, S, A, "cpu", discrete, u_scale=args.u_scale)
     rng = torch.Generator().manual_seed(0)
     with Reads() as reads:
         loss, metrics = world_model.loss(data.sample(8, rng))
