@@ -69,7 +69,7 @@ class Args:
     wm_batch_size: int = 256
     """B, rows per step [ours]"""
     wm_lr: float = 3e-3
-    """step size of the world model's Adam [ours]"""
+    """D15: step size of the world model's Adam; paper: 1e-3 [Table 8]"""
     wm_weight_decay: float = 0.1
     """D15: decoupled weight decay of the world model; paper: 0 [ours]"""
     deduce_from: Literal["obs", "obs+state", "obs+state+actions"] = "obs+state+actions"
@@ -138,7 +138,7 @@ class Args:
     """D6: next action in the Bellman target; paper: max [Eq. 11]"""
     imagined_in: Literal["bellman", "printed"] = "bellman"
     """D8: where imagined rows count, in the Bellman error alone or as Eq. (10), (12) say; paper:
-    printed"""
+    printed [Algorithm 1]"""
     warm_start: bool = True
     """D18: start the policy from the clone; paper: no [ours]"""
     bc_lambda: float = 0.3

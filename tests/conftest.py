@@ -13,7 +13,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 TINY = (
     "--updates 6 --wm-updates 4 --batch-size 16 --wm-batch-size 16 --hidden 16 --horizon 3 "
     "--rollout-batch-size 8 --rollout-interval 2 --model-retain 2 --eval-every 2 "
-    "--eval-episodes 8 --threads 1 --device cpu --u-scale 5"
+    "--eval-episodes 8 --threads 1 --device cpu --u-scale 5 --imagine-after 0.17"
 ).split()
 
 

@@ -94,7 +94,7 @@ def test_a_failed_run_is_named_and_resumed_later(tmp_path, trainings):
 
 def test_a_run_with_other_flags_is_refused(tmp_path, trainings):
     run_grid(tmp_path)
-    with pytest.raises(ValueError, match="is of a run with --gamma 0.95"):
+    with pytest.raises(ValueError, match="is of a run with --gamma 0.99"):
         run_grid(tmp_path, flags="--gamma 0.9")
 
 

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from torch.nn import functional as F
 
-from buffer import Batch, OfflineDataset, SyntheticBuffer, mix, unit_of
+from buffer import Batch, OfflineDataset, SyntheticBuffer, mix
 from experiment.diagnostics import one_step_errors
 from logo_wm import LogoWM
 from macql import Actor, descend
@@ -268,16 +268,23 @@ def test_u_scale_is_the_unit_of_u_in_p_u():
 @pytest.mark.parametrize("first", [[3.0, 8.0, 5.0], [8.0, 0.5, 5.0, 9.0, 0.0], [4.0]])
 def test_the_unit_of_u_is_a_quarter_of_its_median_on_recorded_states(first):
     later = torch.full((2, len(first)), 1e6)
-    rollout = {"uncertainty": torch.cat([torch.tensor([first]), later])}
-    assert unit_of(rollout, 0.0).item() == sorted(first)[len(first) // 2] / 4
-    assert unit_of(rollout, 0.7) == 0.7
+    u = torch.cat([torch.tensor([first]), later])
+    states = {"obs": torch.zeros(4, len(first), N, O), "state": torch.zeros(4, len(first), S)}
+    actions = {
+        "avail": torch.ones(4, len(first), N, A),
+        "actions": torch.zeros(3, len(first), N, A),
+    }
+    steps = {"reward": 0 * u, "terminated": 0 * u, "valid": 0 * u + 1, "uncertainty": u}
+    buffer = SyntheticBuffer(1, 3, len(first), N, O, S, A, "cpu", cap=10.0)
+    buffer.add(states | actions | steps)
+    unit = sorted(first)[len(first) // 2] / 4
+    assert torch.equal(buffer.p_u[0], (10.0 - u / unit).clamp(min=0))
 
 
 def test_without_uncertainty_the_unit_of_u_is_positive():
     buffer, rollout = make_buffer(cap=10.0, u_scale=0.0), make_rollout(0, torch.Generator())
     still = rollout | {k: torch.zeros(HORIZON, ROLLOUTS) for k in ("uncertainty", "valid")}
     still["valid"] += 1
-    assert 0 < unit_of(still, 0.0) < 1e-6
     buffer.add(still)
     assert (buffer.p_u[0, :HORIZON] == 10).all()
 

@@ -118,7 +118,6 @@ def gradients(term, net) -> list[torch.Tensor]:
 
 SETTINGS = {
     "default": {},
-    "next_obs": {"eq4_input": "next_obs"},
     "predicted": {"observe": "predicted"},
     "gaussian": {"zeros": False},
     "no heads": {"heads": False},
@@ -211,7 +210,7 @@ def test_each_agent_has_its_own_view_of_the_deduced_state():
 
 
 @pytest.mark.parametrize("observe", ["deduced", "predicted"])
-def test_what_agents_see_comes_from_e_d_unless_they_see_predictions(observe):
+def test_what_agents_see_comes_from_e_d_or_from_e_p(observe):
     model, batch = make_model(observe=observe), make_batch()
 
     def seen():
@@ -291,7 +290,7 @@ def test_imagined_rows_are_cloned_as_the_paper_prints_it_alone(imagined_in):
 
 
 @pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
-def test_the_policy_is_improved_in_imagined_states_as_the_paper_prints_it_alone(imagined_in):
+def test_imagined_states_improve_the_policy_if_printed(imagined_in):
     actor, critic, _, batch, is_real = build_policy(True)
     state = batch.state.clone().requires_grad_()
     changed = batch._replace(state=state)

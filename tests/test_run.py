@@ -123,16 +123,19 @@ def test_checkpoints_are_due_by_their_cost(go, monkeypatch):
 
 
 FLAGS = [
-    "--deduce-from obs", "--deduce-from obs+state", "--eq4-input next_obs", "--no-heads",
-    "--no-clamp", "--model-retain 0", "--uncertainty penalty", "--uncertainty none",
-    "--no-lr-decay --ema-decay 0", "--no-shared-actor", "--critics 1",
-    "--conservative expectation", "--backup max", "--bellman-on real", "--bc-on both",
-    "--normalise-q", "--wm-weight-decay 1.0", "--synthetic-fraction 0", "--synthetic-fraction 1",
-    "--no-warm-start", "--epsilon 0", "--u-scale 0.002", "--cql-alpha 9", "--bc-lambda 9",
-    "--cap 0.01", "--gamma 0.5", "--tau 0.5", "--rollout-batch-size 4", "--batch-size 8",
-    "--lr 0.01", "--hidden 8", "--wm-batch-size 8", "--horizon 1", "--rollout-interval 1",
-    "--wm-updates 3", "--paper",
+    "--deduce-from obs", "--deduce-from obs+state", "--no-heads", "--no-clamp", "--no-zeros",
+    "--observe predicted", "--imagine-after 0", "--imagined-in printed", "--model-retain 0",
+    "--uncertainty penalty", "--uncertainty none", "--no-lr-decay", "--no-shared-actor",
+    "--critics 1", "--conservative expectation", "--backup max", "--wm-weight-decay 1.0",
+    "--wm-lr 0.1", "--synthetic-fraction 0", "--synthetic-fraction 1", "--no-warm-start",
+    "--epsilon 0", "--u-scale 0.002", "--cql-alpha 9", "--bc-lambda 9", "--cap 0.01",
+    "--gamma 0.5", "--tau 0.5", "--rollout-batch-size 4", "--batch-size 8", "--lr 0.01",
+    "--hidden 8", "--wm-batch-size 8", "--horizon 1", "--rollout-interval 1", "--wm-updates 3",
+    "--paper",
 ]  # fmt: skip
+
+
+BESIDE = {"--gamma 0.5": "--no-clamp"}  # untrained values are below 0, where they are clamped
 
 
 def test_every_flag_that_branches_runs_and_has_an_effect(go, tmp_path, monkeypatch):
@@ -140,13 +143,16 @@ def test_every_flag_that_branches_runs_and_has_an_effect(go, tmp_path, monkeypat
     go(out="plain")
     plain, results = weights(tmp_path / "plain"), {}
     for i, flags in enumerate(FLAGS):
-        final = go(*shlex.split(flags), out=str(i))
+        if flags in BESIDE:
+            go(BESIDE[flags], out="beside")
+        compared = weights(tmp_path / "beside") if flags in BESIDE else plain
+        final = go(*shlex.split(f"{flags} {BESIDE.get(flags, '')}"), out=str(i))
         assert math.isfinite(final["eval"]["return_mean"]), flags
         new = weights(tmp_path / str(i))
         results[flags] = any(
             k not in new or new[k].shape != v.shape or not torch.equal(new[k], v)
-            for k, v in plain.items()
-        ) or set(new) != set(plain)
+            for k, v in compared.items()
+        ) or set(new) != set(compared)
     assert all(results.values()), f"without effect: {[k for k, v in results.items() if not v]}"
 
 
@@ -161,8 +167,8 @@ def test_without_model_it_is_macql_without_critic_cloning(go, tmp_path):
 def test_paper_sets_the_literal_reading_and_flags_still_count(go, tmp_path):
     final = go("--paper", "--gamma", "0.9", "--no-warm-start", "--critics", "3")
     args = final["args"]
-    expected = train.PAPER | {"model_retain": 2, "u_scale": 5.0, "gamma": 0.9, "critics": 3}
-    assert {k: args[k] for k in expected} == expected  # TINY gives the first two itself
+    expected = train.PAPER | {"model_retain": 2, "u_scale": 5.0, "imagine_after": 0.17, "gamma": 0.9, "critics": 3}
+    assert {k: args[k] for k in expected} == expected  # TINY gives the first three itself
     assert final["rollout"]["finite"]
 
 
@@ -208,7 +214,8 @@ BAD = {
     "--synthetic-fraction 0.01": "less than a row",
     "--lr -0.1": "--lr is -0.1",
     "--gamma inf": "--gamma is inf",
-    "--u-scale 0": "--u-scale is 0",
+    "--uncertainty penalty --u-scale 0": "give --u-scale",
+    "--imagine-after 1.5": "--imagine-after is 1.5",
     "--critic none": "--synthetic-fraction 0",
     "--env-id 2s3z": "recorded on 3s_vs_5z",
     "--dataset nothing.h5": "nothing.h5",
@@ -239,7 +246,7 @@ def test_a_gpu_that_is_not_there_is_refused(go, monkeypatch):
 
 def test_a_checkpoint_of_other_flags_is_refused(go):
     go()
-    with pytest.raises(SystemExit, match="--gamma 0.95"):
+    with pytest.raises(SystemExit, match="--gamma 0.99"):
         go("--resume", "--gamma", "0.9")
 
 
@@ -262,7 +269,7 @@ def test_a_diverging_rollout_stops_the_run(go, monkeypatch):
         return rollout | {"uncertainty": rollout["uncertainty"] * math.nan}
 
     monkeypatch.setattr(train.LogoWM, "imagine", diverging)
-    with pytest.raises(SystemExit, match="policy update 1: the uncertainty"):
+    with pytest.raises(SystemExit, match="policy update 2: the uncertainty"):
         go()
 
 

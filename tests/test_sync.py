@@ -13,8 +13,8 @@ N, OBS, S, A, EPISODES, STEPS = 2, 5, 4, 3, 6, 10
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default")
 SETTINGS = {
     "default": {},
-    "expectation": {"conservative": "expectation", "backup": "max", "normalise_q": True},
-    "printed": {"imagined_in": "printed", "bounded_targets": False},
+    "expectation": {"conservative": "expectation", "backup": "max"},
+    "printed": {"imagined_in": "printed", "clamp": False},
     "predicted": {"observe": "predicted", "u_scale": 0.2},
     "paper": train.PAPER,
 }
