@@ -155,6 +155,22 @@ def test_differences_are_paired_by_seed():
     assert tables.paired_difference(a, {1: b[1]}) == ([0.5], None)
 
 
+def test_the_aggregate_is_over_cells_in_shares_of_macqls_return():
+    maps = {"3s_vs_5z": ([11.0, 12.0], [10.0, 10.0]), "5m_vs_6m": ([8.0, 7.0], [8.0, 8.0])}
+    rows = [
+        row(method, seed, mean, env_id=env_id)
+        for env_id, (logo, macql) in maps.items()
+        for method, means in (("logo", logo), ("macql", macql))
+        for seed, mean in enumerate(means)
+    ]
+    lines = tables.aggregate(tables.group(rows)).splitlines()
+    every, untuned = ([x.strip() for x in line.split("|")[1:-1]] for line in lines[2:])
+    assert every[:5] == ["all", "2", "2", "1", f"{(15.0 - 6.25) / 2:+.1f}"]
+    low, high = map(float, every[5].split(" to "))
+    assert -12.5 <= low < 4.4 < high <= 20.0  # the worst and the best seed alone
+    assert untuned == ["not tuned on", "1", "2", "0", "-6.2", ""]
+
+
 def test_tables_do_not_depend_on_the_order_of_rows():
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     assert tables.results_tables(shuffled) == tables.results_tables(ROWS)
@@ -193,7 +209,7 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
 
 def test_the_texts_hold_the_tables_of_the_committed_rows():
     made = tables.results_tables(read(tables.RUNS, Result))
-    made["ceiling"] = tables.scores(tables.group(read(tables.CEILING, Result)))
+    made["ceiling"] = tables.ceiling_table(tables.group(read(tables.CEILING, Result)))
     made["speed"] = tables.speed_tables(read(tables.SPEED, tables.Row))
     used = set()
     for path in tables.TEXTS:
