@@ -115,14 +115,21 @@ def method(args) -> str:
 
 
 def commit() -> str:
-    """This checkout's commit, "-dirty" where files differ from it, "unknown" outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """This checkout's commit, "-dirty" where files differ from it, "unknown" outside of git.
+
+    Files of results/ may differ: a grid adds its rows there.
+    """
+    describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*"]
+    changes = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]
     root = Path(__file__).parent.parent
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+        name, changed = (
+            subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
+            for command in (describe, changes)
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+    return name.strip() + ("-dirty" if changed else "")
 
 
 def find_dataset(args) -> Path:

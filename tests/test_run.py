@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import h5py
@@ -18,7 +19,7 @@ from conftest import TINY
 import envs
 import macql
 import train
-from experiment import tracking
+from experiment import setup, tracking
 
 
 @pytest.fixture
@@ -306,6 +307,22 @@ def test_a_full_disk_leaves_no_half_written_file(go, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="No space left"):
         go()
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_rows_of_a_grid_do_not_make_the_commit_dirty(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "__file__", str(tmp_path / "experiment" / "setup.py"))
+    assert setup.commit() == "unknown"
+    (tmp_path / "results").mkdir()
+    for name in ("results/runs.csv", "train.py"):
+        (tmp_path / name).write_text("old")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    clean = setup.commit()
+    (tmp_path / "results" / "runs.csv").write_text("a row more")
+    assert setup.commit() == clean and len(clean) == 12
+    (tmp_path / "train.py").write_text("new")
+    assert setup.commit() == f"{clean}-dirty"
 
 
 def test_every_flag_tells_its_source():
