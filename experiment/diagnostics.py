@@ -172,8 +172,8 @@ def windows(rows: torch.Tensor, horizon: int) -> torch.Tensor:
 def rollout_errors(model, data: OfflineDataset, horizon: int) -> dict[str, list[float]]:
     """Errors after 1..H imagined steps along the actions recorded in held-out episodes.
 
-    Every held-out row with H recorded steps ahead of it is a start. Whether the model believes
-    that an episode has ended is ignored.
+    Every held-out row with H recorded steps ahead of it is a start. That the model
+    draws an end in between is ignored, but for that step's reward, which is then that of an end.
 
     Returns:
         state, reward: errors of the model; persistence: of the start's state. Lists of H floats,
