@@ -29,7 +29,7 @@ NAMES = {  # a method that is not here: its key
     "bc": "cloning",
     "windows": "recorded steps",
     "model": "LOGO",
-    "simulator": "simulator",
+    "simulator": "true simulator",
     **{f"simulator-{part}": f"its {part} by LOGO" for part in PARTS},
 }
 

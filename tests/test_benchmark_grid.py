@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,16 @@ import scipy.stats
 import train
 from benchmark import figures, grid, tables
 from benchmark.markdown import fill, fill_files
-from benchmark.rows import ROOT, Result, read, record, result, write
+from benchmark.rows import ROOT, Depth, Result, read, record, result, write
 from experiment.tracking import plain
 
 ROW = Result(
     "logo", "", "3s_vs_5z", "smax", "medium", 1, 17.5, 0.2, 0.8, 17.0, 14.0, 2560, 0.02, 0.03, 0.05,
     0.3, 0.4, 0.6, 8000, 300.0, "abc", "a machine", "torch 2", "python train.py",
 )  # fmt: skip
+
+
+BY_DEPTH = ("monte_carlo", "value_true", "spread_true", "value_imagined", "spread_imagined")
 
 
 def row(method="logo", seed=1, mean=17.5, **changes) -> Result:
@@ -38,12 +42,12 @@ def final_of(args, mean: float) -> dict:
 
 @pytest.fixture
 def trainings(monkeypatch):
-    """Stands for the processes of train.py: notes their commands and writes their final.json."""
+    """Stands for the processes: notes their commands, writes final.json and oracle's depth.json."""
     calls = []
 
     def run(command, **_):
-        flags = command[2:]
-        calls.append(flags)
+        flags = command[command.index("--env-id") :]
+        calls.append(command[1:])
         out = Path(flags[flags.index("--out") + 1])
         args = train.parse([f for f in flags if f != "--resume"])
         out.mkdir(parents=True, exist_ok=True)
@@ -52,6 +56,8 @@ def trainings(monkeypatch):
             print("train.py: no luck", file=_["stdout"], flush=True)
             return SimpleNamespace(returncode=1)
         (out / "final.json").write_text(json.dumps(final_of(args, 10.0 + args.seed)))
+        if "benchmark.oracle" in command and "--windows" not in command:
+            (out / "depth.json").write_text(json.dumps(dict.fromkeys(BY_DEPTH, [0.5, None])))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(grid.subprocess, "run", run)
@@ -96,6 +102,27 @@ def test_a_run_with_other_flags_is_refused(tmp_path, trainings):
     run_grid(tmp_path)
     with pytest.raises(ValueError, match="is of a run with --gamma 0.99"):
         run_grid(tmp_path, flags="--gamma 0.9")
+
+
+def test_a_ceiling_runs_the_oracle_and_keeps_values_by_depth(tmp_path, trainings):
+    where = {"out": tmp_path / "runs", "results": tmp_path / "ceiling.csv"}
+    methods = ("macql", "windows", "simulator-obs", "model")
+    grid.ceiling(("3s_vs_5z",), ("medium",), methods, (1,), **where)
+    rows = read(tmp_path / "ceiling.csv", Result)
+    oracle = "python -m benchmark.oracle "
+    programs = {r.method: r.command.partition(" --env-id")[0] + " " for r in rows}
+    assert programs == {
+        "macql": "python train.py ", "windows": f"{oracle}--windows ",
+        "simulator-obs": f"{oracle}--model obs ",
+        "model": f"{oracle}--model obs state reward end avail ",
+    }  # fmt: skip
+    assert [shlex.join(["python", *c]).partition(" --env-id")[0] + " " for c in trainings][1:] == [
+        programs[m] for m in methods[1:]
+    ]
+    depths = read(tmp_path / "depth.csv", Depth)
+    assert {(d.method, d.step, d.value_true) for d in depths} == {
+        (method, *step) for method in methods[2:] for step in ((0, 0.5), (1, None))
+    }
 
 
 def test_a_variant_is_spelled_by_what_differs(tmp_path):
@@ -171,6 +198,37 @@ def test_the_aggregate_is_over_cells_in_shares_of_macqls_return():
     assert untuned == ["not tuned on", "1", "2", "0", "-6.2", ""]
 
 
+def test_the_ceiling_has_a_column_for_each_content_of_d_m():
+    rows = [
+        row("macql", mean=1.0), row("simulator", mean=2.0), row("simulator-end", mean=3.0),
+        row("logo", mean=4.0), row("logo", mean=5.0, variant="--gamma 0.5"),
+    ]  # fmt: skip
+    lines = tables.ceiling_table(tables.group(rows)).splitlines()
+    header, plain, other = (
+        [x.strip() for x in line.split("|")] for line in lines if "---" not in line
+    )
+    assert plain[header.index("nothing (MACQL)")] == "1.00"
+    assert plain[header.index("true simulator")] == "2.00"
+    assert plain[header.index("its end by LOGO")] == "3.00"
+    assert (plain[header.index("LOGO")], other[header.index("LOGO")]) == ("4.00", "5.00")
+    assert (
+        other[header.index("flags")] == "`--gamma 0.5`"
+        and other[header.index("true simulator")] == ""
+    )
+
+
+def test_the_ceiling_is_drawn_of_rows_with_the_usual_flags():
+    rows = [row("macql"), row("simulator", mean=2.0), row("logo", variant="--gamma 0.5")]
+    values = [Depth("simulator", "", *ROW.key[2:5:2], 1, h, 1.0, 2.0, 0.1, None, None, "abc")
+              for h in range(3)]  # fmt: skip
+    groups = tables.group(rows)
+    picture = figures.draw_ceiling(groups, values)
+    assert picture[:4] == b"\x89PNG" and picture == figures.draw_ceiling(groups, values)
+    assert picture != figures.draw_ceiling(groups, values[:2])
+    with pytest.raises(ValueError, match="nothing to draw"):
+        figures.draw_ceiling(tables.group(rows[2:]), values)
+
+
 def test_tables_do_not_depend_on_the_order_of_rows():
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     assert tables.results_tables(shuffled) == tables.results_tables(ROWS)
@@ -219,7 +277,8 @@ def test_the_texts_hold_the_tables_of_the_committed_rows():
     assert used == set(made)
 
 
-def test_the_picture_is_drawn_of_the_committed_rows(tmp_path):
-    figures.figures(out=tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-    assert (ROOT / "results" / "comparison.png").exists()
+def test_the_pictures_are_drawn_of_the_committed_rows(tmp_path):
+    figures.figures(folder=tmp_path)
+    drawn = {p.name for p in tmp_path.iterdir()}
+    assert drawn == {"comparison.png", "ceiling.png"}
+    assert all((ROOT / "results" / name).exists() for name in drawn)
