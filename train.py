@@ -159,7 +159,7 @@ class Args:
 
 # Defaults where actions are continuous; chosen on other seeds than those reported
 CONTINUOUS = {"eval_episodes": 20, "updates": 5_000, "conservative": "expectation",
-              "gamma": 0.95, "bc_lambda": 0.4}  # fmt: skip
+              "gamma": 0.95, "bc_lambda": 0.6}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
 PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": False,
          "clamp": False, "zeros": False, "observe": "predicted", "imagine_after": 0.0,
