@@ -125,7 +125,7 @@ def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
     cells = list(dict.fromkeys(cell for cell, variant, _ in groups if variant == ""))
     if not cells:
         raise ValueError("there is nothing to draw: no run of `ceiling` has the usual flags.")
-    figure = Figure(figsize=(4.2 * len(cells), 6), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(cells), 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(cells), squeeze=False)
     methods = ["macql", *ORACLES]
@@ -147,7 +147,7 @@ def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
     entries = {}
     for ax in axes[1]:
         entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
     return png(figure)
 
 
