@@ -266,7 +266,7 @@ def test_u_scale_is_the_unit_of_u_in_p_u():
 
 
 @pytest.mark.parametrize("first", [[3.0, 8.0, 5.0], [8.0, 0.5, 5.0, 9.0, 0.0], [4.0]])
-def test_the_unit_of_u_is_a_quarter_of_its_median_on_recorded_states(first):
+def test_the_unit_of_u_is_a_quarter_of_its_first_median(first):
     later = torch.full((2, len(first)), 1e6)
     u = torch.cat([torch.tensor([first]), later])
     states = {"obs": torch.zeros(4, len(first), N, O), "state": torch.zeros(4, len(first), S)}
