@@ -288,7 +288,7 @@ def test_gaussian_nll_is_the_normal_density():
         )
 
 
-def test_entries_are_predicted_to_be_0_if_the_data_have_both_0_and_something_else():
+def test_entries_that_are_sometimes_0_have_a_probability():
     model, batch, naive = build()
     for name, recorded in (("obs", batch.next_obs), ("state", batch.next_state)):
         share = naive.stats[f"{name}_zero"]
