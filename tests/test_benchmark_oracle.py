@@ -1,6 +1,7 @@
 """The true simulator as a world model: it starts in recorded rows, and LOGO can replace it."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -99,7 +100,9 @@ def test_a_recording_of_another_program_is_refused(smax):
         oracle.replay_smax(data, moved)
 
 
-def test_a_run_ends_with_values_by_depth(tmp_path, smax):
+def test_a_run_ends_with_values_by_depth(tmp_path, smax, monkeypatch):
+    few = partial(oracle.by_depth, count=8, tail=20)  # of 500 and 100, which take half a minute
+    monkeypatch.setattr(oracle, "by_depth", few)
     path = smax[1]["path"]
     flags = (
         f"--model reward end --env-id 3s_vs_5z --dataset {path} --updates 4 --wm-updates 2 "
