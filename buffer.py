@@ -142,7 +142,7 @@ class SyntheticBuffer:
         discrete: rows have a mask of available actions.
         cap: C of Eq. (7): bound of P_u; exp(-C) is the smallest relative weight of a row.
         u_scale: unit of u in P_u; the paper: 1. 0: a quarter of u's median on recorded states, with
-            which the weights use some quarter to half of D_m, however large the state is.
+            which the weights do not depend on u's scale.
         weighted: False samples every row alike (the ablation without Eq. (7)).
     """
 
