@@ -16,7 +16,7 @@ Sizes: E episodes, T episode limit, N agents, O observation, S state, A actions,
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
@@ -27,6 +27,7 @@ from datasets.files import replacing
 from datasets.rows import (
     allowed,
     blocks,
+    check_room,
     clip_actions,
     clip_repair,
     finish,
@@ -91,7 +92,7 @@ def save_episodes(path: Path, arrays: dict, about: dict) -> None:
     """
     digest, returns, rows = hashlib.sha256(), [], 0
     how = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "track_times": False}
-    with replacing(path) as temporary, h5py.File(temporary, "w") as f:
+    with replacing(path) as target, h5py.File(target, "w") as f:
         for key in tqdm(sorted(arrays), desc=f"writing {Path(path).name}", unit="array"):
             x = arrays[key]
             stored = f.create_dataset(key, x.shape, x.dtype, chunks=True, **how)
@@ -146,12 +147,15 @@ def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarr
         ValueError: with the file, the key and the episode of what is wrong.
     """
     keys, width = check_episode_keys(path, f)
+    check_content(path, f)
     filled = f["filled"][:].reshape(f["filled"].shape[:2]) != 0  # (E,T+1)
+    repaired = add_final_rows(path, f, filled)
     lengths = filled.sum(1) - 1
     bad = (lengths < 1) | (filled != (np.arange(filled.shape[1]) <= lengths[:, None])).any(1)
     if bad.any():
         raise ValueError(f"{path}: key filled, episode {bad.argmax()}: not a run of ones.")
-    columns, clipped = read_columns(path, f, keys, width, filled)
+    columns, more = read_columns(path, f, keys, width, filled)
+    repaired += more
     ends = np.cumsum(lengths + 1)  # (E,) number of rows up to the end of each episode
     early = columns["terminated"] != 0
     early[ends - 1] = early[ends - 2] = False
@@ -163,27 +167,90 @@ def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarr
     metadata = {k: v.item() if isinstance(v, np.generic) else v for k, v in f.attrs.items()}
     metadata = {k: v for k, v in metadata.items() if isinstance(v, str | int | float)}
     metadata.pop("win_rate", None)  # it is computed again from the key won
-    repaired = [x for x in str(metadata.get("repaired", "")).split("\n") if x]
-    metadata["repaired"] = repaired + clip_repair(clipped, columns["actions"].size)
+    before = [x for x in str(metadata.get("repaired", "")).split("\n") if x]
+    metadata["repaired"] = before + repaired
     if "won" in f:
         columns["won"] = read_won(path, f["won"], len(lengths))
     return columns, lengths, {"final_observation": "stored"} | metadata
 
 
+def add_final_rows(path: Path, f, filled: np.ndarray) -> list[str]:
+    """Mark the final observations of a file that marks L rows instead of L+1, in place.
+
+    On the final row nothing is paid and nothing terminates any more; where a file pays there, it
+    marks a row too few, or its rewards lie a row too late.
+
+    Args:
+        filled: (E,T+1) bool; changed only if it is a run of ones in every episode.
+    Returns:
+        A sentence about what was repaired, if anything was.
+    Raises:
+        ValueError: rewards or ends on final rows that cannot be explained in this way.
+    """
+    stored = (f[k][:].reshape(filled.shape) for k in ("reward", "terminated"))
+    reward, terminated = ((x != 0) & (x == x) for x in stored)  # NaN is found later
+    episode, last = np.arange(len(filled)), filled.sum(1) - 1
+    before = terminated[episode, last - 1] & (last > 0)
+    late = reward[episode, last] | (terminated[episode, last] & ~before)
+    runs = (filled == (np.arange(filled.shape[1]) <= last[:, None])).all()
+    if not late.any() or not runs:
+        return []
+    if not before.any() and (last + 1 < filled.shape[1]).all():
+        beyond = np.zeros_like(filled)
+        beyond[episode, last + 1] = True
+        stored = [f["state"][a:b][beyond[a:b]].any(-1) for a, b in by_episodes(f, "state")]
+        if np.concatenate(stored).all():
+            filled |= beyond
+            return ["filled marks L instead of L+1 rows; the final observations were added"]
+    if (last == 0).any():
+        return []
+    raise ValueError(
+        f"{path}: keys reward, terminated, episode {late.argmax()}: not 0 on its final row, which "
+        "comes after its last step: rows are shifted, or filled marks a row too few."
+    )
+
+
+def check_content(path: Path, f) -> None:
+    """Compare our own recordings with the hash of their arrays, which they store.
+
+    Raises:
+        ValueError: a value was changed since the file was written.
+    """
+    if (wanted := f.attrs.get("content_sha256")) is None:
+        return
+    digest = hashlib.sha256()
+    for key in sorted(k for k in (*KEYS, "won") if k in f):
+        digest.update(key.encode())
+        for a, b in by_episodes(f, key):
+            digest.update(np.ascontiguousarray(f[key][a:b]))
+    if digest.hexdigest() != wanted:
+        raise ValueError(
+            f"{path}: its content is not what was written (content_sha256): damaged, or edited. "
+            "Delete it; a recording of ours is made again at the next start."
+        )
+
+
+def by_episodes(f, key: str) -> Iterator[tuple[int, int]]:
+    """Ranges of episodes of a key that are read at a time."""
+    return blocks(f[key].shape[0], f[key][:1].nbytes, f[key].chunks[0] if f[key].chunks else 1)
+
+
 def read_columns(
     path: Path, f, keys: list[str], width: dict[str, tuple], filled: np.ndarray
-) -> tuple[dict, int]:
+) -> tuple[dict, list[str]]:
     """Read and check all keys but `filled`, episode after episode without the padding.
 
     Args:
         keys, width: as `check_episode_keys` returns them. filled: (E,T+1) bool.
     Returns:
-        {key: float32 (R, ...)}, and the number of clipped action values.
+        {key: float32 (R, ...)}, and sentences about what was repaired.
     """
     ends, discrete, clipped = filled.sum(1).cumsum(), "avail_actions" in keys, [0]
     final = np.zeros(ends[-1], bool)
     final[ends - 1] = True
-    columns = {k: np.empty((len(final), *width[k]), np.float32) for k in keys if k != "filled"}
+    shapes = {k: (len(final), *width[k]) for k in keys if k != "filled"}
+    check_room(path, shapes)
+    columns = {k: np.empty(shape, np.float32) for k, shape in shapes.items()}
 
     def checked(k: str, x: np.ndarray, first: int) -> np.ndarray:
         def where(i: int) -> str:
@@ -200,16 +267,22 @@ def read_columns(
             raise ValueError(f"{path}: key {k}, {where(int(wrong.argmax()))}: neither 0 nor 1.")
         return clip_actions(x, clipped) if k == "actions" else x
 
-    total = len(columns) * len(filled)
+    total, beyond = len(columns) * len(filled), 0
     with tqdm(total=total, desc=f"reading {path.name}", unit="episode") as bar:
         for k, out in columns.items():
-            first, chunk = 0, f[k].chunks[0] if f[k].chunks else 1
-            for a, b in blocks(len(filled), f[k][:1].nbytes, chunk):
-                x = f[k][a:b][filled[a:b]]
+            first = 0
+            for a, b in by_episodes(f, k):
+                stored = f[k][a:b]
+                if k == "state":
+                    beyond += int((stored.any(-1) & ~filled[a:b]).any(1).sum())
+                x = stored[filled[a:b]]
                 out[first : first + len(x)] = checked(k, x, first).reshape(len(x), *out.shape[1:])
                 first += len(x)
                 bar.update(b - a)
-    return columns, clipped[0]
+    repaired = clip_repair(path, clipped[0], columns["actions"])
+    if beyond:
+        repaired.append(f"rows beyond the end of {beyond} episodes (key filled) were left out")
+    return columns, repaired
 
 
 def read_won(path: Path, stored, episodes: int) -> np.ndarray:

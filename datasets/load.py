@@ -17,12 +17,12 @@ import re
 import sys
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
 from buffer import OfflineDataset
 from datasets.episodes import read_episode_file
+from datasets.files import open_hdf5
 from datasets.minari import read_minari
 from datasets.og_marl import read_vault
 from datasets.omiga import OMIGA_KEYS, read_omiga
@@ -74,14 +74,11 @@ def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarr
     path = Path(path)
     main, kind = recognise(path)
     readers = {"episodes": read_episode_file, "omiga": read_omiga, "minari": read_minari}
-    try:
-        if kind == "vault":
-            columns, lengths, metadata = read_vault(path, env_id)
-        else:
-            with h5py.File(main, "r") as f:
-                columns, lengths, metadata = readers[kind](main, f, env_id)
-    except (OSError, RuntimeError) as e:  # what h5py raises if it cannot decode a file
-        raise ValueError(f"{path}: truncated or damaged: {e}") from e
+    if kind == "vault":
+        columns, lengths, metadata = read_vault(path, env_id)
+    else:
+        with open_hdf5(main) as f:
+            columns, lengths, metadata = readers[kind](main, f, env_id)
     if env_id and metadata.setdefault("env_id", env_id) != env_id:
         raise ValueError(f"{path} was recorded on {metadata['env_id']}, not on {env_id}.")
     returns = np.add.reduceat(
@@ -90,6 +87,7 @@ def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarr
     if "won" not in columns and (won := infer_wins(columns, lengths, returns)) is not None:
         columns["won"], metadata["win_rate_inferred"] = won, True
         metadata["repaired"] += repair_time_limits(columns, lengths, won)
+    check_victories(path, columns, lengths, returns)
     if "won" in columns:
         metadata["win_rate"] = float(columns["won"].mean())
     metadata |= {
@@ -129,17 +127,8 @@ def recognise(path: Path) -> tuple[Path, str]:
         if within := sorted(p.parent.name for p in path.glob("*/manifest.ocdbt")):
             raise ValueError(f"{path}: a Vault of {', '.join(within)}: give the folder of one.")
         raise ValueError(f"{path}: a folder, but neither a Vault nor a Minari dataset in HDF5.")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file of recorded episodes.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: an empty file.")
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path}: not an HDF5 file of recorded episodes.")
-    try:
-        with h5py.File(path, "r") as f:
-            keys = list(f)
-    except (OSError, RuntimeError) as e:
-        raise ValueError(f"{path}: truncated or damaged: {e}") from e
+    with open_hdf5(path) as f:
+        keys = list(f)
     if all(k in keys for k in OMIGA_KEYS):
         return path, "omiga"
     if any(re.fullmatch(r"episode_\d+", k) for k in keys):
@@ -166,6 +155,28 @@ def infer_wins(columns: dict, lengths: np.ndarray, returns: np.ndarray) -> np.nd
     largest = columns["reward"].max(initial=0, where=not_last)
     won = (columns["reward"][last] > largest) & (returns >= SMAC_VICTORY - 0.01)
     return won & (columns["terminated"][last] != 0)
+
+
+def check_victories(path: Path, columns: dict, lengths: np.ndarray, returns: np.ndarray) -> None:
+    """Refuse SMAC's rewards where victory, which ends an episode, is paid a step before its end.
+
+    Raises:
+        ValueError: in most episodes with the return of a victory the largest reward, which is that
+            of victory, is not at the last step but at the one before: rows are shifted.
+    """
+    scale = SMAC_VICTORY - 0.01 <= returns.max() < 2 * SMAC_VICTORY
+    if columns["avail"] is None or not scale or columns["reward"].min() < 0:
+        return
+    ends, victory = np.cumsum(lengths + 1) - 1, returns >= SMAC_VICTORY - 0.01
+    early = [
+        columns["reward"][end - length : end].argmax() == length - 2
+        for end, length in zip(ends[victory], lengths[victory], strict=True)
+    ]
+    if np.mean(early) > 0.5:
+        raise ValueError(
+            f"{path}: the rewards of victory come a step before the end of their episodes: the "
+            "rewards are shifted by a row."
+        )
 
 
 def repair_time_limits(columns: dict, lengths: np.ndarray, won: np.ndarray) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.robots import find_robot
-from datasets.rows import clip_actions, clip_repair, finish, finite, numbers
+from datasets.rows import check_room, clip_actions, clip_repair, finish, finite, numbers
 from envs import PAPER_MUJOCO
 
 MINARI_STEPS = ("rewards", "terminations", "truncations")
@@ -37,7 +37,8 @@ def read_minari(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarray, di
         wanted = ("observations", "actions", *MINARI_STEPS)
         if missing := [k for k in wanted if k not in f[name]]:
             raise ValueError(f"{path}: {name} has no key {', '.join(missing)}.")
-        if len(getattr(f[name]["rewards"], "shape", ())) != 1:
+        numbers(path, f"{name}/rewards", f[name]["rewards"])
+        if len(f[name]["rewards"].shape) != 1:
             raise ValueError(f"{path}: {name}/rewards is not one-dimensional.")
     lengths = np.array([len(f[name]["rewards"]) for name in names])
     if (lengths < 1).any():
@@ -47,6 +48,7 @@ def read_minari(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarray, di
     else:
         split, shapes, metadata = minari_robot(path, first, env_id)
     r = int((lengths + 1).sum())
+    check_room(path, {k: (r, *shape) for k, shape in shapes.items()})
     columns = {k: np.zeros((r, *shape), np.float32) for k, shape in shapes.items()}
     columns |= {"avail": None, "reward": np.zeros(r, np.float32)}
     terminated, row = np.zeros(len(names), bool), 0
@@ -71,7 +73,7 @@ def read_minari(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarray, di
             raise ValueError(f"{path}: {name} ends before its last step.")
         terminated[e], row = terminations[-1], row + n + 1
     finish(columns, lengths, terminated)
-    repaired = metadata["repaired"] + clip_repair(clipped[0], columns["actions"].size)
+    repaired = metadata["repaired"] + clip_repair(path, clipped[0], columns["actions"])
     return columns, lengths, metadata | {"repaired": repaired, "final_observation": "stored"}
 
 

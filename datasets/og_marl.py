@@ -10,8 +10,9 @@ Sizes: M rows stored, R rows returned, E episodes, N agents, O observation, S st
        B recordings side by side.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from datasets.rows import (
     Layout,
     Rows,
     allowed,
+    check_room,
     clip_actions,
     clip_repair,
     finish,
@@ -42,6 +44,24 @@ VAULT_MUJOCO = {
 }
 
 
+def leaves(tree: dict, prefix: str = "") -> list[str]:
+    """The names of a nested dict's entries, such as infos.state."""
+    return [
+        leaf
+        for k, v in tree.items()
+        for leaf in (leaves(v, f"{prefix}{k}.") if isinstance(v, dict) else [f"{prefix}{k}"])
+    ]
+
+
+@contextlib.contextmanager
+def decoding(path: Path, key: str) -> Iterator[None]:
+    """Report what tensorstore raises on a damaged Vault as a ValueError of one line."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, MemoryError) as e:
+        raise ValueError(f"{path}: key {key} cannot be read: {str(e)[:200]}") from e
+
+
 def open_vault(path: Path) -> tuple[dict, int]:
     """The stored arrays {key: (B,time,...)} of a Vault, and the number of rows written to it.
 
@@ -53,30 +73,27 @@ def open_vault(path: Path) -> tuple[dict, int]:
         import tensorstore
     except ImportError as e:
         raise ImportError("Vaults are read with tensorstore: pip install tensorstore") from e
+    if odd := [p for p in path.rglob("*") if not (p.is_file() or p.is_dir())]:
+        raise ValueError(f"{odd[0]}: not a regular file.")  # reading a pipe would wait for ever
     try:
         structure = json.loads((path / "metadata.json").read_text())["structure_shape"]
-    except (ValueError, KeyError, TypeError) as e:
+        wanted = leaves(structure)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path}: metadata.json is not that of a Vault: {e!r}.") from e
-
-    def leaves(tree: dict, prefix: str = "") -> list[str]:
-        return [
-            leaf
-            for k, v in tree.items()
-            for leaf in (leaves(v, f"{prefix}{k}.") if isinstance(v, dict) else [f"{prefix}{k}"])
-        ]
 
     def opened(key: str):
         base = {"driver": "ocdbt", "base": f"file://{path.resolve()}/", "path": key}
-        try:
+        with decoding(path, key):
             return tensorstore.open({"driver": "zarr", "kvstore": base}, read=True).result()
-        except ValueError as e:
-            raise ValueError(f"{path}: key {key} cannot be read: {str(e)[:200]}") from e
 
-    if missing := [k for k in VAULT_KEYS if k not in leaves(structure)]:
-        raise ValueError(f"{path}: no key {', '.join(missing)}; found {leaves(structure)}.")
-    wanted = [*VAULT_KEYS, *(["infos.legals"] if "infos.legals" in leaves(structure) else [])]
-    count = int(np.ravel(opened("vault_index").read().result())[0])
-    stores = {k: opened(f"{k}.") for k in wanted}
+    if missing := [k for k in VAULT_KEYS if k not in wanted]:
+        raise ValueError(f"{path}: no key {', '.join(missing)}; found {wanted}.")
+    keys = [*VAULT_KEYS, *(["infos.legals"] if "infos.legals" in wanted else [])]
+    index = opened("vault_index")
+    numbers(path, "vault_index", index)
+    with decoding(path, "vault_index"):
+        count = int(index[(0,) * index.rank].read().result())
+    stores = {k: opened(f"{k}.") for k in keys}
     for k, store in stores.items():
         numbers(path, k, store)
     return stores, count
@@ -101,10 +118,8 @@ def read_vault(path: Path, env_id: str | None) -> tuple[dict, np.ndarray, dict]:
 
     def rows(key, a, b):
         parts = [(s, max(a - s * time, 0), min(b - s * time, time)) for s in range(streams)]
-        try:
+        with decoding(path, key):
             read = [stores[key][s, i:j].read().result() for s, i, j in parts if i < j]
-        except ValueError as e:
-            raise ValueError(f"{path}: key {key} cannot be read: {str(e)[:200]}") from e
         return np.concatenate(read)
 
     def chunk(key):
@@ -113,8 +128,9 @@ def read_vault(path: Path, env_id: str | None) -> tuple[dict, np.ndarray, dict]:
     def flags(key):
         return finite(path, key, 0, rows(key, 0, streams * time)).reshape(streams * time, -1) != 0
 
-    terminal = flags("terminals").all(-1)
-    ends = terminal | flags("truncations").all(-1)
+    over = flags("terminals")
+    terminal = over.all(-1)  # an episode has ended once all agents have; cut if one was only cut
+    ends = (over | flags("truncations")).all(-1)
     if streams > 1:
         ends[time - 1 :: time] = True  # the end of each recording
     shape, state = stores["observations"].shape[2:], stores["infos.state"].shape[2:]
@@ -145,6 +161,7 @@ def vault_columns(path: Path, rows: Rows, stores: dict, layout: Layout, chunk: C
                "actions": "actions", "reward": "rewards"}  # fmt: skip
     shapes = {name: stores[k].shape[2:] for name, k in sources.items() if k in stores}
     shapes |= {"reward": ()} | ({"actions": shapes["avail"]} if discrete else {})
+    check_room(path, {name: (r, *shape) for name, shape in shapes.items()})
     columns = {name: np.empty((r, *shape), np.float32) for name, shape in shapes.items()}
 
     def read(key, first, x):
@@ -171,7 +188,7 @@ def vault_columns(path: Path, rows: Rows, stores: dict, layout: Layout, chunk: C
         columns[name][layout.repeated] = columns[name][layout.repeated - 1]
     finish(columns, layout.lengths, layout.terminated)
     repaired = layout_repairs(layout)
-    repaired += clip_repair(clipped[0], total * int(np.prod(shapes["actions"])))
+    repaired += clip_repair(path, clipped[0], columns["actions"])
     if count := len(layout.repeated):
         repaired.append(f"the last observation of {count} terminated episodes was repeated")
     if count := len(layout.lengths) - len(layout.repeated):

@@ -30,6 +30,7 @@ from datasets.robots import find_robot
 from datasets.rows import (
     Rows,
     blocks,
+    check_room,
     clip_actions,
     clip_repair,
     finish,
@@ -123,6 +124,8 @@ def omiga_columns(path: Path, rows: Rows, keys: dict, ends, env_id: str | None, 
     if (longest := layout.lengths.max()) > TIME_LIMIT:
         raise ValueError(f"{path}: an episode of {longest} steps, but the limit is {TIME_LIMIT}.")
     parts, clipped, r = robot.partition, [0], int((layout.lengths + 1).sum())
+    sizes = (parts.obs_index.size, robot.state_dim, parts.action_index.size)
+    check_room(path, {k: (r, size) for k, size in enumerate(sizes)})
     columns = {
         "obs": np.empty((r, *parts.obs_index.shape), np.float32),
         "state": np.empty((r, robot.state_dim), np.float32),
@@ -156,7 +159,7 @@ def omiga_columns(path: Path, rows: Rows, keys: dict, ends, env_id: str | None, 
     cut = layout.terminated & (layout.lengths == TIME_LIMIT)
     finish(columns, layout.lengths, layout.terminated & ~cut)
     repaired = ["each vector's standardisation was undone, and the state divided among the agents"]
-    repaired += layout_repairs(layout) + clip_repair(clipped[0], len(ends) * parts.motors)
+    repaired += layout_repairs(layout) + clip_repair(path, clipped[0], columns["actions"])
     if cut.any():
         count = f"{int(cut.sum())} episodes of {TIME_LIMIT} steps"
         repaired.append(f"{count} count as truncated, not as terminated")

@@ -9,12 +9,17 @@ Sizes: M rows stored, R rows returned (L+1 for an episode of L transitions), E e
        A actions, m rows of one block.
 """
 
+import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import numpy as np
 
+DEFLATE = 1032  # the most that gzip can shrink anything
+MUCH = 2**26  # bytes, below which nobody minds
 LARGEST = 1e18  # whose square float32 still holds
 BLOCK = 8 * 2**20  # bytes read at a time, the memory a reader needs beyond its result
 Rows = Callable[[str, int, int], np.ndarray]  # (key, a, b) -> stored rows a to b of this key
@@ -33,10 +38,11 @@ def blocks(count: int, row_bytes: int, chunk: int = 1) -> Iterator[tuple[int, in
 
 
 def numbers(path: Path, key: str, array) -> None:
-    """Refuse what is not an array of plain numbers inside the file itself.
+    """Refuse what is not an array of plain numbers, all of them inside the file itself.
 
     Raises:
-        ValueError: text, objects or no array, or data that lie in another file.
+        ValueError: text, objects, no array or an empty one, data that lie in another file, or an
+            array of which parts were never written (they would read as zeros, at any length).
     """
     kind = getattr(array, "dtype", "no array")
     kind = getattr(kind, "numpy_dtype", kind)  # tensorstore has its own
@@ -44,6 +50,30 @@ def numbers(path: Path, key: str, array) -> None:
         raise ValueError(f"{path}: key {key} holds no plain numbers ({kind}).")
     if getattr(array, "external", None) or getattr(array, "is_virtual", False):
         raise ValueError(f"{path}: key {key} refers to other files, which are not read.")
+    if not array.shape or 0 in array.shape:
+        raise ValueError(f"{path}: key {key} holds no episodes, rows or agents: {array.shape}.")
+    if isinstance(array, h5py.Dataset):
+        stored = array.id.get_storage_size()
+        whole = stored >= array.nbytes
+        if array.chunks:
+            wanted = math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True))
+            whole = array.id.get_num_chunks() == wanted and array.nbytes <= max(DEFLATE * stored, MUCH)
+        if not whole:
+            raise ValueError(
+                f"{path}: key {key} was not written completely: {stored:,} bytes are stored of an "
+                f"array of {array.nbytes:,}."
+            )
+
+
+def check_room(path: Path, columns: dict[str, tuple]) -> None:
+    """Raise a ValueError if float32 columns of these shapes do not fit into memory."""
+    need = 4 * sum(math.prod(shape) for shape in columns.values())
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > have:
+        raise ValueError(
+            f"{path}: {need / 2**30:,.1f} GiB are needed for its {max(columns.values())[0]:,} "
+            f"rows, and this machine has {have / 2**30:,.1f}."
+        )
 
 
 def finite(path: Path, key: str, first: int, x: np.ndarray, where: Callable | None = None):
@@ -168,10 +198,22 @@ def lay_out(path: Path, ends: np.ndarray, terminal: np.ndarray, final_row: bool)
     )
 
 
-def clip_repair(clipped: int, total: int) -> list[str]:
-    """A sentence about clipped action values, if there were any."""
-    share = clipped / total
-    return [f"{share:.1%} of the action values were clipped to [-1,1]"] if clipped else []
+def clip_repair(path: Path, clipped: int, actions: np.ndarray) -> list[str]:
+    """A sentence about clipped action values, if there were any.
+
+    Args:
+        actions: after clipping.
+    Raises:
+        ValueError: they are not of motors.
+    """
+    if not clipped:
+        return []
+    if np.isin(actions, (-1, 0, 1)).all():
+        raise ValueError(
+            f"{path}: the actions are whole numbers, as ids of actions are, but which of them were "
+            "available is not stored (avail_actions, infos.legals)."
+        )
+    return [f"{clipped / actions.size:.1%} of the action values were clipped to [-1,1]"]
 
 
 def layout_repairs(layout: Layout) -> list[str]:

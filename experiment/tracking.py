@@ -213,8 +213,8 @@ class Run:
             for name, part in self.parts.items():
                 is_generator = isinstance(part, torch.Generator)
                 state[name] = part.get_state() if is_generator else part.state_dict()
-            with replacing(self.folder / "checkpoint.pt") as temporary:
-                torch.save(state, temporary)
+            with replacing(self.folder / "checkpoint.pt") as target:
+                torch.save(state, target)
         self._saved = time.time()
         self._save_seconds = self._saved - started
 

@@ -262,7 +262,7 @@ BROKEN = {
     "won_of_others": (drop_last("won", 0), "key won has shape"),
     "objects": (as_text("state"), "key state holds no plain numbers"),
     "no_avail": (without("avail_actions"), "no key avail_actions"),
-    "no_episodes": (no_episodes, "holds no episodes"),
+    "no_episodes": (no_episodes, "holds no episodes, rows or agents"),
     "action_negative": (put("actions", (0, 0, 0, 0), -1), "key actions"),
 }
 
