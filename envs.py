@@ -26,8 +26,10 @@ Sizes: E parallel episodes, N agents, O observation, S state, A actions.
        obs (E,N,O)  state (E,S)  avail (E,N,A)  actions (E,N,A) one-hot  reward (E,)
 """
 
+import contextlib
 import functools
 import importlib
+import io
 import os
 import re
 from collections.abc import Callable
@@ -38,10 +40,15 @@ import torch
 
 PAPER_SMAC = ("3s_vs_5z", "2s3z", "5m_vs_6m", "6h_vs_8z", "3s5z_vs_3s6z")
 PAPER_MUJOCO = ("Hopper-3x1", "Ant-2x4", "HalfCheetah-6x1")
-MUJOCO_ROBOTS = (
-    *("Hopper", "Ant", "HalfCheetah", "Walker2d", "Humanoid", "HumanoidStandup"),
-    *("Reacher", "Swimmer", "Pusher"),
-)
+MUJOCO_ROBOTS = {  # and how gymnasium-robotics divides each of them among agents
+    "Hopper": ("3x1",),
+    "Ant": ("2x4", "2x4d", "4x2"),
+    "HalfCheetah": ("6x1", "2x3"),
+    "Walker2d": ("2x3",),
+    "Swimmer": ("2x1",),
+    "Humanoid": ("9|8",),
+    "HumanoidStandup": ("9|8",),
+}
 SMAX_REWARD_SCALE = 10.0  # SMAX pays at most 2 per episode, SMAC at most 20: we report SMAC's scale
 # What SMAX shows of every other unit and SMAC does not. A clone of a policy that sees the last
 # actions learns to repeat them instead of what to do [de Haan et al., 2019; docs/data.md].
@@ -169,7 +176,9 @@ def _import_smax() -> _Smax:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         import jax
-        from jaxmarl.environments.smax import HeuristicEnemySMAX, smax_env
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports on environments of no use here
+            from jaxmarl.environments.smax import HeuristicEnemySMAX, smax_env
     except ImportError as e:
         raise ImportError(
             "SMAX needs JaxMARL: pip install jaxmarl==0.2.0 (README, Quickstart)"

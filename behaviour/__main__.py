@@ -7,7 +7,6 @@ python -m behaviour list                                        the paper's 32 d
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Annotated
 import tyro
 
 import datasets
+import envs
 from behaviour import mappo, record, weights
 from behaviour.record import Quality
 
@@ -62,15 +62,14 @@ def check_output(path: Path, replace: bool = True) -> None:
     """Refuse, before hours of work, a file that could not or must not be written.
 
     Raises:
-        ValueError: it is a folder, exists while `replace` is False, or its folder is read-only.
+        ValueError: it is a folder, or exists while `replace` is False.
+        OSError: its folder cannot be written.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file.")
     if path.exists() and not replace:
         raise ValueError(f"{path} exists: give --replace to replace it, or another --out.")
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written: {parent} is not a folder that you may write.")
+    datasets.check_writable(path)
 
 
 def run_train(args: Train) -> None:
@@ -82,6 +81,8 @@ def run_train(args: Train) -> None:
     weights.save_weights(path, arrays)
     last = arrays["curve"][-10:].mean(0)
     print(f"return {last[1]:.2f}, won {last[2]:.0%} over the last 10 iterations")
+    if not envs.is_robot(env_id) and last[2] == 0:
+        print(f"warning: this policy never wins {env_id}; train longer, or with --weakened 1")
     print(f"wrote {path} in {time.time() - started:.0f} s")
 
 

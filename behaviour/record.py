@@ -79,6 +79,7 @@ def record(env_id: str, quality: Quality, episodes: int, seed: int, path: Path) 
             f"--episodes is {episodes}, but {quality} has episodes of {len(policies)} policies: "
             f"give {len(policies)} or more."
         )
+    datasets.check_writable(path)
     env = envs.make(env_id, num_envs=slots(len(policies), episodes), hide=False)
     rounds = starts(len(policies), episodes, seed)  # of each policy, equally many
     generator, parts = torch.Generator().manual_seed(seed), []
@@ -95,6 +96,8 @@ def record(env_id: str, quality: Quality, episodes: int, seed: int, path: Path) 
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     if spec.discrete:  # the data show what an agent of `envs.make(env_id)` sees
         arrays["obs"] = arrays["obs"][..., envs.make(env_id).columns]
+    else:  # and no action where an agent has fewer motors than another
+        arrays["actions"] = env.partition.split(env.partition.join(arrays["actions"]))
     metadata = {"env_id": env_id, "backend": spec.backend, "quality": quality, "seed": seed}
     datasets.save_episodes(path, arrays, metadata)
 

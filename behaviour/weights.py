@@ -9,6 +9,9 @@ start of the training to the medium policy, which is the fifth, and the final po
 """
 
 import io
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,12 @@ import torch
 
 import datasets
 import envs
+from behaviour import mappo
 from behaviour.policy import Policy
 
 FOLDER = Path(__file__).parent
+SNAPSHOTS = 6
+STEPS_PER_SECOND = 2_200  # of MAPPO on 3m on one core of an AMD EPYC
 # Mean returns of the public medium datasets [OMIGA], which our medium policies are chosen to match
 PUBLIC_MEDIUM = {"Hopper-3x1": 724.0, "Ant-2x4": 1419.0, "HalfCheetah-6x1": 1426.0}
 
@@ -66,22 +72,44 @@ def load_policies(env_id: str, spec: envs.Spec) -> list[Policy]:
 
     Raises:
         FileNotFoundError: no behaviour policy is shipped for this task.
+        ValueError: the file is damaged, or of another task.
     """
     path = FOLDER / f"{env_id}.npz"
     if not path.exists():
         shipped = ", ".join(sorted(p.stem for p in FOLDER.glob("*.npz")))
+        minutes = mappo.defaults(env_id).total_steps / STEPS_PER_SECOND / 60
         raise FileNotFoundError(
             f"No behaviour policy for {env_id} in {FOLDER} (there: {shipped}): train one with "
-            f"`python -m behaviour train --env-id {env_id}`, or give recorded data with --dataset."
+            f"`python -m behaviour train --env-id {env_id}` (about {minutes:.0f} minutes on one "
+            "core), or give recorded data with --dataset."
         )
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = {k: stored[k] for k in stored if k not in ("snapshot_steps", "curve")}
-    units = "net.own.weight" in arrays
-    first = arrays["net.own.weight" if units else "net.0.weight"]  # (6,hidden,inputs)
-    policies = [Policy(spec, first.shape[1], units) for _ in first]
-    for k, policy in enumerate(policies):
-        policy.load_state_dict({name: torch.tensor(x[k]).float() for name, x in arrays.items()})
+    arrays = {k: x for k, x in read_weights(path).items() if k not in ("snapshot_steps", "curve")}
+    try:
+        units = "net.own.weight" in arrays
+        first = arrays["net.own.weight" if units else "net.0.weight"]  # (6,hidden,inputs)
+        policies = [Policy(spec, first.shape[1], units) for _ in range(SNAPSHOTS)]
+        for k, policy in enumerate(policies):
+            policy.load_state_dict({name: torch.tensor(x[k]).float() for name, x in arrays.items()})
+    except (KeyError, IndexError, RuntimeError, TypeError) as e:
+        what = " ".join(str(e).split())
+        raise ValueError(f"{path} holds no policies of {env_id}: {what}.") from e
+    if bad := [k for k, x in arrays.items() if len(x) != SNAPSHOTS or not np.isfinite(x).all()]:
+        raise ValueError(f"{path}: {bad[0]} is not {SNAPSHOTS} times finite numbers: damaged.")
     return policies
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file of weights; their zip archive carries checksums.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError, RuntimeError,
+            zipfile.BadZipFile, zlib.error, struct.error) as e:  # fmt: skip
+        raise ValueError(f"{path} is no file of behaviour policies, or damaged: {e}.") from e
 
 
 def draw_curves(path: Path) -> None:
@@ -99,8 +127,8 @@ def draw_curves(path: Path) -> None:
     FigureCanvasAgg(figure)
     tasks = envs.PAPER_SMAC + envs.PAPER_MUJOCO
     for env_id, ax in zip(tasks, figure.subplots(2, 4).flat, strict=True):
-        with np.load(FOLDER / f"{env_id}.npz", allow_pickle=False) as stored:
-            curve, kept = stored["curve"], stored["snapshot_steps"]
+        stored = read_weights(FOLDER / f"{env_id}.npz")
+        curve, kept = stored["curve"], stored["snapshot_steps"]
         column = 1 if envs.is_robot(env_id) else 2
         millions, score = curve[:, 0] / 1e6, curve[:, column]
         ax.plot(millions, score, lw=0.7)

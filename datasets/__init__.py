@@ -1,6 +1,6 @@
 """Files of recorded episodes: our own layout, readers of every public format, and downloads.
 
-  files.py       atomic writing of any file
+  files.py       atomic writing of any file, opening of HDF5 files
   rows.py        checks and helpers that all readers share
   episodes.py    our layout, which is pymarl's: writing it and reading it
   omiga.py       OMIGA's HDF5 files of Multi-Agent MuJoCo
@@ -17,8 +17,9 @@ Nothing in a file is executed or unpickled. The formats and their repairs: docs/
 
 from datasets.conversion import convert, describe
 from datasets.episodes import join_rounds, save_episodes
-from datasets.files import replacing, write_atomic
+from datasets.files import check_writable, lock, remove_parts, replacing, write_atomic
 from datasets.load import load_dataset, read_episodes
 
-__all__ = ["convert", "describe", "join_rounds", "load_dataset", "read_episodes", "replacing",
-           "save_episodes", "write_atomic"]  # fmt: skip
+__all__ = ["check_writable", "convert", "describe", "join_rounds", "load_dataset", "lock",
+           "read_episodes", "remove_parts", "replacing", "save_episodes",
+           "write_atomic"]  # fmt: skip

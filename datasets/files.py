@@ -94,7 +94,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         OSError: the folder cannot be written or the disk is full; nothing is left behind.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     remove_parts(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     target = Target(temporary)
@@ -122,6 +122,26 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     with replacing(path) as target:
         target.write(data)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it.
+
+    Raises:
+        OSError: one of them is a file, or may not be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        above = next(p for p in (folder, *folder.parents) if p.exists())
+        raise NotADirectoryError(f"{folder} cannot be a folder: {above} is not a folder.") from e
+
+
+def check_writable(path: Path) -> None:
+    """Raise the OSError now that writing the file `path` would meet later."""
+    probe = path.with_name(f".{path.name}.probe")
+    write_atomic(probe, b"")
+    probe.unlink()
 
 
 def lock(file: int) -> bool:

@@ -203,5 +203,7 @@ def announce(args, device: torch.device, metadata: dict, name: str) -> None:
         f"{metadata['transitions']:,} transitions, return {metadata['return_mean']:.2f} +- "
         f"{metadata['return_std']:.2f}{won}\n     sha256 {metadata['sha256']}"
     )
+    if metadata.get("win_rate") == 0:
+        print("     warning: no recorded episode was won, so there is no victory to learn from")
     for repair in metadata.get("repaired", []):
         print(f"     {repair}")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from envs import MUJOCO_ROBOTS, PAPER_MUJOCO, Spec, Step
+from envs import MUJOCO_ROBOTS, Spec, Step
 
 
 class Partition(NamedTuple):
@@ -83,15 +83,12 @@ def partition(env_id: str) -> Partition:
     robot, _, division = env_id.partition("-")
     if robot not in MUJOCO_ROBOTS:
         raise ValueError(f"Unknown env_id {env_id!r}: robots are {', '.join(MUJOCO_ROBOTS)}.")
-    try:
-        env = mamujoco.parallel_env(robot, division)
-    except Exception as e:  # gymnasium-robotics raises a bare Exception
-        if "UNKNOWN partitioning" not in str(e):
-            raise
+    if division not in MUJOCO_ROBOTS[robot]:
+        known = ", ".join(f"{robot}-{d}" for d in MUJOCO_ROBOTS[robot])
         raise ValueError(
-            f"Unknown env_id {env_id!r}: gymnasium-robotics does not divide {robot} by "
-            f"{division!r}; the paper has {', '.join(PAPER_MUJOCO)}."
-        ) from e
+            f"Unknown env_id {env_id!r}: {robot} is divided as {known}, not {division!r}."
+        )
+    env = mamujoco.parallel_env(robot, division)
     single = env.single_agent_env
     size, motors = single.observation_space.shape[0], single.action_space.shape[0]
 
