@@ -28,11 +28,11 @@ import tyro
 import envs
 from behaviour import Quality, default_episodes
 from buffer import OfflineDataset, SyntheticBuffer, mix
-from datasets import load_dataset
+from datasets import load_dataset, task_of
 from envs import evaluate
-from experiment import report, setup
+from experiment import report, setup, tracking
 from experiment.diagnostics import returns_to_go
-from experiment.tracking import Run
+from experiment.stopping import stoppable
 from logo_wm import LogoWM
 from macql import MACQL, Actor, Critic, descend, linear_decay, policy_loss
 
@@ -270,7 +270,7 @@ def main(
                 mode = "reduce-overhead" if graph else "default"
                 setattr(part, name, torch.compile(getattr(part, name), mode=mode))
 
-    run = Run(args, spec, metadata, device, method, started)
+    run = tracking.Run(args, spec, metadata, device, method, started)
     run.start(**state)  # afresh, or with --resume from the checkpoint
 
     # Phase 0, ours: behaviour cloning with as many updates as the policy gets
@@ -327,12 +327,16 @@ def main(
 def parse(argv: list[str] | None = None) -> Args:
     """The flags of a command line; without one, those of this process.
 
-    --env-id and --paper are read first, because they choose the defaults of the others.
+    --env-id and --paper are read first, because they choose the defaults of the others. Without
+    --env-id the task of a --dataset is the one that the dataset names.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env-id", "--env_id", default=Args.env_id)
+    first.add_argument("--env-id", "--env_id")
+    first.add_argument("--dataset", type=Path)
     first.add_argument("--paper", action="store_true")
     known = first.parse_known_args(argv)[0]
+    if known.env_id is None:
+        known.env_id = task_of(known.dataset) if known.dataset else Args.env_id
     default = defaults(known.env_id, known.paper)
     return tyro.cli(Args, prog="train.py", description=__doc__, args=argv, default=default)
 
@@ -343,14 +347,18 @@ def cli(argv: list[str] | None = None, **parts) -> dict:
     Args:
         argv: the flags; None: those of the process. parts: `learner`, ... for `main`.
     """
-    args = parse(argv)
     try:
-        return main(args, **parts)
+        args = parse(argv)
+        with stoppable(argv, tracking.OWNED):
+            return main(args, **parts)
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         sys.exit(f"train.py: {e}")
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as e:
+        if not setup.out_of_memory(e):
+            raise
         sys.exit(
-            "train.py: the GPU's memory is full: lower --model-retain or --rollout-batch-size."
+            "train.py: the memory is full: lower --hidden, --batch-size, --eval-episodes, "
+            "--model-retain or --rollout-batch-size."
         )
 
 

@@ -17,9 +17,16 @@ Nothing in a file is executed or unpickled. The formats and their repairs: docs/
 
 from datasets.conversion import convert, describe
 from datasets.episodes import join_rounds, save_episodes
-from datasets.files import check_writable, lock, remove_parts, replacing, write_atomic
-from datasets.load import load_dataset, read_episodes
+from datasets.files import (
+    check_writable,
+    lock,
+    make_folder,
+    remove_parts,
+    replacing,
+    write_atomic,
+)
+from datasets.load import load_dataset, read_episodes, task_of
 
 __all__ = ["check_writable", "convert", "describe", "join_rounds", "load_dataset", "lock",
-           "read_episodes", "remove_parts", "replacing", "save_episodes",
-           "write_atomic"]  # fmt: skip
+           "make_folder", "read_episodes", "remove_parts", "replacing", "save_episodes",
+           "task_of", "write_atomic"]  # fmt: skip

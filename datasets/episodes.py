@@ -147,7 +147,6 @@ def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarr
         ValueError: with the file, the key and the episode of what is wrong.
     """
     keys, width = check_episode_keys(path, f)
-    check_content(path, f)
     filled = f["filled"][:].reshape(f["filled"].shape[:2]) != 0  # (E,T+1)
     repaired = add_final_rows(path, f, filled)
     lengths = filled.sum(1) - 1
@@ -171,6 +170,7 @@ def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarr
     metadata["repaired"] = before + repaired
     if "won" in f:
         columns["won"] = read_won(path, f["won"], len(lengths))
+    check_content(path, f)  # last, because what is wrong with a value says more
     return columns, lengths, {"final_observation": "stored"} | metadata
 
 

@@ -24,10 +24,16 @@ from buffer import OfflineDataset
 from datasets.episodes import read_episode_file
 from datasets.files import open_hdf5
 from datasets.minari import read_minari
-from datasets.og_marl import read_vault
+from datasets.og_marl import VAULT_MUJOCO, read_vault
+from envs import MUJOCO_ROBOTS
 from datasets.omiga import OMIGA_KEYS, read_omiga
 
 SMAC_VICTORY = 20.0  # smallest return of a won episode in SMAC, with its default scaling
+SMAC_MAPS = (  # that public datasets are of
+    *("3m", "8m", "25m", "5m_vs_6m", "8m_vs_9m", "10m_vs_11m", "27m_vs_30m", "MMM", "MMM2"),
+    *("2s3z", "3s5z", "3s5z_vs_3s6z", "3s_vs_3z", "3s_vs_4z", "3s_vs_5z", "1c3s5z", "2m_vs_1z"),
+    *("corridor", "6h_vs_8z", "2s_vs_1sc", "so_many_baneling", "bane_vs_bane", "2c_vs_64zg"),
+)
 QUALITIES = re.compile(r"[-_. ](expert|medium|mixed|random|replay|good|poor)", re.I)
 
 
@@ -79,8 +85,10 @@ def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarr
     else:
         with open_hdf5(main) as f:
             columns, lengths, metadata = readers[kind](main, f, env_id)
-    if env_id and metadata.setdefault("env_id", env_id) != env_id:
-        raise ValueError(f"{path} was recorded on {metadata['env_id']}, not on {env_id}.")
+    if env_id:
+        recorded = metadata.setdefault("env_id", task_in_name(path.name) or env_id)
+        if recorded != env_id:
+            raise ValueError(f"{path} was recorded on {recorded}, not on {env_id}.")
     returns = np.add.reduceat(
         columns["reward"].astype(np.float64), np.cumsum(lengths + 1) - lengths - 1
     )
@@ -134,6 +142,37 @@ def recognise(path: Path) -> tuple[Path, str]:
     if any(re.fullmatch(r"episode_\d+", k) for k in keys):
         return path, "minari"
     return path, "episodes"
+
+
+def task_of(path: Path) -> str:
+    """The task that recorded episodes were played on, as the dataset or its name says.
+
+    Raises:
+        ValueError: it does not, or `path` holds no episodes.
+    """
+    main, kind = recognise(path)
+    stored = None
+    if kind in ("episodes", "omiga"):
+        with open_hdf5(main) as f:
+            stored = f.attrs.get("env_id")
+            if kind == "omiga":
+                stored = OMIGA_TASKS.get(f["o"].shape[1:])
+    names = Path(os.path.abspath(path)).parts[:-3:-1]  # of the file and of its folder
+    if task := stored if isinstance(stored, str) else task_in_name(*names):
+        return task
+    raise ValueError(f"--dataset {path} does not say its task: give --env-id.")
+
+
+def task_in_name(*parts: str) -> str | None:
+    """The task that the first of these names of files and folders contains; None: none does."""
+    robots = [f"{robot}-{d}" for robot, all_ in MUJOCO_ROBOTS.items() for d in all_]
+    names = {name.lower(): name for name in (*SMAC_MAPS, *robots)} | VAULT_MUJOCO
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    for part in parts:
+        found = set(re.findall(rf"(?<![a-z0-9])({pattern})(?![a-z0-9])", part.lower()))
+        if len(found) == 1:
+            return names[found.pop()]
+    return None
 
 
 def infer_wins(columns: dict, lengths: np.ndarray, returns: np.ndarray) -> np.ndarray | None:

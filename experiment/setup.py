@@ -9,6 +9,7 @@ ends with what can be measured on held-out data: its backend is then called "off
 import importlib.util
 import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,13 +19,20 @@ import torch
 import behaviour
 import envs
 from buffer import OfflineDataset
-from datasets import write_atomic
+from datasets import check_writable
 from logo_wm import LogoWM
+from macql import Actor, Critic
 from simulators import starcraft
 
 STARCRAFT_GAMES = 4  # processes of StarCraft II side by side, each with a gigabyte of memory
 SHARES = ("synthetic_fraction", "gamma", "tau", "epsilon", "imagine_after")
 MAY_BE_ZERO = ("seed", "threads", "model_retain")
+SIZES = ("hidden", "critics", "batch_size", "wm_batch_size", "rollout_batch_size", "horizon",
+         "model_retain", "eval_episodes")  # fmt: skip
+TASK = re.compile(r"\w[\w.|-]*")
+LARGEST_SEED = 2**32 - 1
+SMALLEST = envs.Spec("", "", 1, 1, 1, 1, True, 1)  # a task, for what must be known before the data
+ROBOTS = 100  # MuJoCo simulators side by side
 
 
 def check_args(args) -> None:
@@ -42,6 +50,12 @@ def check_args(args) -> None:
         at_least = 0 if name in MAY_BE_ZERO else 1
         if type(value) is int and value < at_least:
             raise ValueError(f"{flag}: give {at_least} or more.")
+    if not TASK.fullmatch(args.env_id):
+        raise ValueError(f"--env-id is {args.env_id!r}: give a task's name, such as 3s_vs_5z.")
+    if args.seed > LARGEST_SEED:
+        raise ValueError(f"--seed is {args.seed}: give 0 to {LARGEST_SEED}.")
+    if args.threads > (cores := os.cpu_count()):
+        raise ValueError(f"--threads is {args.threads}: this machine has {cores} cores.")
     if args.synthetic_fraction > 0 and round(args.synthetic_fraction * args.batch_size) == 0:
         raise ValueError(
             f"--synthetic-fraction {args.synthetic_fraction} of --batch-size {args.batch_size} is "
@@ -63,35 +77,51 @@ def check_args(args) -> None:
             f"{args.env_id} on {backend} needs --dataset FILE, recorded in StarCraft II "
             "(docs/starcraft.md); what we record is SMAX's and MuJoCo's."
         )
+    check_memory(args, SMALLEST, choose_device(args))
     # Can the run's folder be written? Not known to the hour of playing before it is used.
-    probe = (args.out or Path("runs")) / f".{os.getpid()}.probe"
-    write_atomic(probe, b"")
-    probe.unlink()
+    check_writable((args.out or Path("runs")) / "checkpoint.pt")
 
 
 def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
-    """Refuse sizes of networks and D_m that do not fit into memory.
+    """Refuse sizes of networks, batches and D_m that cannot fit into memory.
 
     Raises:
-        ValueError: what they would take, what there is, which flags would help.
+        ValueError: what they take at least, what there is, which flags would help.
     """
     n, o, s, a = spec[2:6]
-    rows = kept_collections(args) * (args.horizon + 1) * args.rollout_batch_size
-    with torch.device("meta"):
-        world_model = LogoWM(n, o, s, a, args.hidden, spec.discrete)
-    parameters = sum(p.numel() for p in world_model.parameters())
-    # a row of D_m; a parameter with its gradient and Adam's two moments
-    need = 4 * (rows * (n * o + s + 2 * n * a + 2) + 4 * parameters) / 2**30
+    imagines, h = args.synthetic_fraction > 0, args.hidden
+    try:
+        with torch.device("meta"):
+            obs, state = (torch.empty(n, o),) * 2, (torch.empty(s),) * 2
+            nets = [Actor(*obs, a, h, spec.discrete, args.shared_actor)]
+            nets += [Critic(*obs, *state, a, h, spec.discrete, args.critics)]
+            nets += [LogoWM(n, o, s, a, h, spec.discrete)] if imagines else []
+        # a parameter with its gradient and Adam's two moments
+        numbers = 4 * sum(p.numel() for net in nets for p in net.parameters())
+    except RuntimeError:  # torch cannot even count them
+        numbers = math.inf
+    numbers += args.batch_size * (n * o + s + 2 * h * args.critics)
+    numbers += args.eval_episodes * (n * (o + a) + s)
+    if imagines:
+        rows = kept_collections(args) * (args.horizon + 1) * args.rollout_batch_size
+        numbers += rows * (n * o + s + 2 * n * a + 2) + args.wm_batch_size * n * (o + s + 2 * h)
+    need = 4 * numbers / 2**30
     if device.type == "cuda":
         have = torch.cuda.mem_get_info()[0] / 2**30
     else:
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    if args.synthetic_fraction > 0 and need > have:
+    if need > have:
+        told = ", ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in SIZES)
         raise ValueError(
-            f"--hidden {args.hidden}, --model-retain {args.model_retain}, --rollout-batch-size "
-            f"{args.rollout_batch_size} and --horizon {args.horizon} need {need:.3g} GiB, of which "
-            f"{have:.3g} are here: lower them."
+            f"{need:,.1f} GiB of memory are needed at least, and {have:,.1f} are here. Lower one "
+            f"of {told}."
         )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch or NumPy could not get the memory that it asked for."""
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return full or "can't allocate memory" in str(error)
 
 
 def kept_collections(args) -> int:
@@ -152,8 +182,8 @@ def choose_simulator(args, data: OfflineDataset, metadata: dict):
         backend, why = best_backend(args, metadata)
         env = None
         if backend != "offline":
-            starcraft_game = backend in ("smac", "smacv2")
-            slots = min(args.eval_episodes, STARCRAFT_GAMES if starcraft_game else math.inf)
+            most = {"smac": STARCRAFT_GAMES, "smacv2": STARCRAFT_GAMES, "mamujoco": ROBOTS}
+            slots = min(args.eval_episodes, most.get(backend, math.inf))
             env = envs.make(args.env_id, slots, backend)
     except (ImportError, OSError) as e:
         if args.backend != "auto":

@@ -11,9 +11,11 @@ resumed ends with the same weights and scores, bit for bit.
 """
 
 import contextlib
-import pickle
+import os
+import re
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,18 +24,83 @@ import torch
 from tqdm import tqdm
 
 import envs
-from datasets import replacing, write_atomic
+from datasets import lock, make_folder, remove_parts, replacing, write_atomic
+from experiment.stopping import deferring
 
 LOG_EVERY = 100  # updates between two rows of metrics.csv, and between two looks at the GPU
 CHECKPOINT_SHARE = 0.02  # of the time that writing checkpoints may take
 FILES = ("metrics.csv", "events.out.tfevents.*", "checkpoint.pt", "run.png", "final.json")
 MAY_DIFFER = ("resume", "out", "track", "threads", "device")  # flags, when a run is resumed
 COUNTERS = ("progress", "evaluations", "seconds", "imagined_rows")
+HEADER = "phase,update,metric,value\n"
+ROW = re.compile(r"(\w+),(\d+),[\w/.-]+,(-?\d[\d.e+-]*|-?inf|nan)\n")
+OWNED: list[Path] = []  # folders of this process's runs, in the order in which they began
 
 
 def plain(args) -> dict:
     """The flags as JSON knows them."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+
+
+def own(folder: Path) -> None:
+    """Make this process the only one that writes to a run's folder, until it ends.
+
+    Raises:
+        ValueError: another process owns it. OSError: it cannot be written.
+    """
+    if folder in OWNED:
+        return
+    make_folder(folder)
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # open until the process ends
+    if not lock(file):
+        os.close(file)
+        raise ValueError(
+            f"{folder} belongs to another process that is running: wait for its end, or give "
+            "another --out."
+        )
+    OWNED.append(folder)
+    remove_parts(folder)
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
+    """The dict in a checkpoint. Its zip archive carries a checksum of every part, which torch does
+    not compare.
+
+    Raises:
+        ValueError: not a checkpoint, or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} does not have its checksum")
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except Exception as e:  # whatever zipfile, pickle and torch make of damaged bytes
+        what = " ".join(str(e).split())[:300] or type(e).__name__
+        raise ValueError(f"{path} is damaged, or no checkpoint of this program: {what}.") from e
+    return state
+
+
+def require(condition: bool, what: str) -> None:
+    """Raise a ValueError that names a part of a checkpoint unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{what} is not what this run needs")
+
+
+def same_kind(x, other) -> bool:
+    """Whether both are of one type, and dicts of the same keys and kinds of values."""
+    if isinstance(other, dict):
+        return isinstance(x, dict) and list(x) == list(other) and all(
+            same_kind(x[k], other[k]) for k in other
+        )  # fmt: skip
+    return type(x) is type(other)
+
+
+def optimizers(part) -> list[torch.optim.Optimizer]:
+    """Those among a checkpoint's parts: the part itself, or attributes of it."""
+    inside = vars(part).values() if hasattr(part, "__dict__") else ()
+    return [x for x in (part, *inside) if isinstance(x, torch.optim.Optimizer)]
 
 
 class Run:
@@ -74,14 +141,18 @@ class Run:
         """
         self.parts = parts
         print(f"run {self.folder}")
-        if self.args.resume:
+        own(self.folder)
+        resume = self.args.resume and (self.folder / "checkpoint.pt").exists()
+        if resume:
             self.load()
-        for pattern in FILES if not self.args.resume else ():
+        elif self.args.resume:
+            print("there is no checkpoint yet: the run starts")
+        for pattern in FILES if not resume else ():
             for old in self.folder.glob(pattern):
                 print(f"replacing {old}")
                 old.unlink()
         self._open_logs()
-        if not self.args.resume:
+        if not resume:
             self.save()  # so that --resume works from the first moment
 
     def phase(self, name: str, title: str, total: int) -> Iterator[int]:
@@ -94,6 +165,7 @@ class Run:
             name: of the counter in `progress`, of the clock in `seconds` and of the metrics.
         Raises:
             FloatingPointError: a metric was not finite; names the update and the metric.
+            KeyboardInterrupt: a signal came; everything up to here is in the checkpoint.
         """
         first = self.progress[name]
         if first == total:
@@ -103,21 +175,24 @@ class Run:
             range(first, total), initial=first, total=total, desc=title, unit="update",
             mininterval=0.2 if sys.stderr.isatty() else 20,
         )  # fmt: skip
-        for k in self._bar:
-            if self.args.compile and self.device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()
-            yield k
-            self.progress[name] = k + 1
-            if (k + 1) % LOG_EVERY == 0 or k + 1 == total:
-                self._write(name, k + 1, self._look(title, k + 1))
-                self._history.clear()
-                now = time.time()
-                self.seconds[name] += now - self._since - self._aside
-                self._since, self._aside = now, 0.0
-            due = (time.time() - self._saved) * CHECKPOINT_SHARE >= self._save_seconds
-            if due or k + 1 == total:
-                self._look(title, k + 1)  # no checkpoint of numbers that are not finite
-                self.save()
+        with deferring() as signals, self._bar:
+            for k in self._bar:
+                if self.args.compile and self.device.type == "cuda":
+                    torch.compiler.cudagraph_mark_step_begin()
+                yield k
+                self.progress[name] = k + 1
+                if (k + 1) % LOG_EVERY == 0 or k + 1 == total:
+                    self._write(name, k + 1, self._look(title, k + 1))
+                    self._history.clear()
+                    now = time.time()
+                    self.seconds[name] += now - self._since - self._aside
+                    self._since, self._aside = now, 0.0
+                due = (time.time() - self._saved) * CHECKPOINT_SHARE >= self._save_seconds
+                if due or signals or k + 1 == total:
+                    self._look(title, k + 1)  # no checkpoint of numbers that are not finite
+                    self.save()
+                if signals:
+                    raise KeyboardInterrupt(*signals)
 
     def log(self, metrics: dict[str, torch.Tensor]) -> None:
         """Remember this update's metrics, 0-d tensors; nothing is read from the GPU yet."""
@@ -175,18 +250,39 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         self._csv, self._wandb = self.folder / "metrics.csv", None
-        kept = ["phase,update,metric,value\n"]
-        done = self.progress | {"eval": self.progress["policy"]}
+        kept = [HEADER]
         if self._csv.exists():
-            rows = self._csv.read_text().splitlines(keepends=True)[1:]
-            whole = [r for r in rows if r.count(",") == 3 and r.endswith("\n")]
-            kept += [r for r in whole if int(r.split(",")[1]) <= done[r.split(",")[0]]]
+            kept += self._read_rows()
+        elif any(self.progress.values()):
+            print(f"{self._csv} is missing: the metrics so far are lost, the run goes on")
         write_atomic(self._csv, "".join(kept).encode())
         self._tensorboard = SummaryWriter(self.folder)
         if self.args.track:
             import wandb
 
             self._wandb = wandb.init(project="logo", name=self.folder.name, config=plain(self.args))
+
+    def _read_rows(self) -> list[str]:
+        """The rows of metrics.csv that are not newer than the checkpoint.
+
+        Raises:
+            ValueError: a row is damaged; the last one may be cut, where the run was killed.
+        """
+        done = self.progress | {"eval": self.progress["policy"]}
+        rows = self._csv.read_text(errors="replace").splitlines(keepends=True)
+        if rows and not rows[-1].endswith("\n"):
+            rows.pop()
+        kept = []
+        for number, row in enumerate(rows):
+            match = ROW.fullmatch(row)
+            if (row != HEADER) if number == 0 else (not match or match[1] not in done):
+                raise ValueError(
+                    f"--resume: {self._csv}, line {number + 1} is damaged: {row.strip()[:80]!r}. "
+                    "Delete the file; the run then goes on without the metrics so far."
+                )
+            if number and int(match[2]) <= done[match[1]]:
+                kept.append(row)
+        return kept
 
     def _write(self, phase: str, update: int, metrics: dict[str, float]) -> None:
         with self._csv.open("a") as f:
@@ -222,32 +318,56 @@ class Run:
         """Take up the folder's checkpoint.
 
         Raises:
-            ValueError: there is none, or it is of a run with other flags, data or device.
+            ValueError: it is damaged, or of a run with other flags, data or device.
         """
         path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            raise ValueError(f"--resume: no checkpoint in {self.folder}; start without --resume.")
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            mine, theirs = plain(self.args), state["args"]
-        except (RuntimeError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as e:
-            raise ValueError(f"--resume: {path} is no checkpoint of this program: {e!r}") from e
-        if state["device"] != self.device.type:  # its random numbers differ: it is another run
-            raise ValueError(f"--resume: {path} was trained with --device {state['device']}.")
-        if state["data"] != self.metadata["sha256"]:
-            raise ValueError(
-                f"--resume: {path} is of a run on other data than {self.metadata['path']}."
-            )
-        if differ := [k for k in mine if k not in MAY_DIFFER and mine[k] != theirs.get(k)]:
-            told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ)
-            raise ValueError(
-                f"--resume: {path} is of a run with {told}; give that, or another --out."
-            )
-        for name, part in self.parts.items():
-            if isinstance(part, torch.Generator):
-                part.set_state(state[name].cpu())
-            else:
-                part.load_state_dict(state[name])
-        for name in COUNTERS:
-            setattr(self, name, state[name])
+            state = read_checkpoint(path, self.device)
+            wanted = {"args", "backend", "data", "device", *COUNTERS, *self.parts}
+            if missing := wanted - state.keys():
+                raise ValueError(f"{path} holds no {', '.join(sorted(missing))}: delete it.")
+            self._check_identity(path, state)
+            self._take(path, state)
+        except ValueError as e:
+            raise ValueError(f"--resume: {e}") from e
         self.started -= self.seconds["total"]  # the time of the run, not of this process
+
+    def _check_identity(self, path: Path, state: dict) -> None:
+        """Raise a ValueError unless the checkpoint is of a run with these flags and data."""
+        if state["device"] != self.device.type:  # its random numbers differ: it is another run
+            raise ValueError(f"{path} was trained with --device {state['device']}.")
+        if state["data"] != self.metadata["sha256"]:
+            raise ValueError(f"{path} is of a run on other data than {self.metadata['path']}.")
+        mine, theirs = plain(self.args), state["args"]
+        checked = [k for k in mine if k not in (*MAY_DIFFER, "dataset")]  # data: by their hash
+        if differ := [k for k in checked if mine[k] != theirs.get(k)]:
+            told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ)
+            raise ValueError(f"{path} is of a run with {told}; give that, or another --out.")
+
+    def _take(self, path: Path, state: dict) -> None:
+        """Load the checkpoint's states and counters into the run's parts.
+
+        Raises:
+            ValueError: something in it has another type, shape or range.
+        """
+        try:
+            for name, part in self.parts.items():
+                if isinstance(part, torch.Generator):
+                    part.set_state(state[name].cpu())
+                    continue
+                part.load_state_dict(state[name])
+                for optimizer in optimizers(part):
+                    for p, values in optimizer.state.items():
+                        require(all(x.shape in ((), p.shape) for x in values.values()), name)
+            for name in COUNTERS:
+                require(same_kind(state[name], getattr(self, name)), name)
+                setattr(self, name, state[name])
+            totals = (self.args.updates, self.args.wm_updates, self.args.updates)
+            for done, total in zip(self.progress.values(), totals, strict=True):
+                require(0 <= done <= total, "progress")
+        except Exception as e:  # every part has its own way to say that a state does not fit
+            what = " ".join(str(e).split())[:300]
+            raise ValueError(
+                f"{path} does not fit this run ({type(e).__name__}: {what}): delete it to start "
+                "afresh."
+            ) from e

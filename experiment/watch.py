@@ -5,7 +5,6 @@ II's episodes from the positions of their units. Long episodes are thinned evenl
 """
 
 import io
-import pickle
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 import datasets
 import envs
+from experiment.tracking import read_checkpoint
 from macql import Actor
 
 MOST_FRAMES = 80  # of the whole GIF
@@ -41,7 +41,7 @@ def watch(run: Path, episodes: int = 1, out: Path | None = None, seed: int = 0) 
     """
     if episodes < 1:
         raise ValueError(f"--episodes is {episodes}: give 1 or more.")
-    stored = read_checkpoint(run)
+    stored = read_policy(run)
     env_id = stored["args"]["env_id"]
     if stored["backend"] == "offline":
         raise ValueError(
@@ -59,7 +59,7 @@ def watch(run: Path, episodes: int = 1, out: Path | None = None, seed: int = 0) 
     return path
 
 
-def read_checkpoint(run: Path) -> dict:
+def read_policy(run: Path) -> dict:
     """What is needed of RUN/checkpoint.pt: args (the flags), backend, weights (of `ema_actor`).
 
     Raises:
@@ -69,16 +69,15 @@ def read_checkpoint(run: Path) -> dict:
     if not path.exists():
         what = "has no checkpoint yet" if (run / "metrics.csv").exists() else "is not a run"
         raise ValueError(f"{run} {what}: give the folder that train.py printed, after its start.")
+    stored = read_checkpoint(path)
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        found = {
+        return {
             "args": {k: stored["args"][k] for k in ("env_id", "hidden", "shared_actor")},
             "backend": stored["backend"],
             "weights": stored["learner"]["ema_actor"],
         }
-    except (RuntimeError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path} is not a checkpoint of this program: {e!r}.") from e
-    return found
+    except (KeyError, TypeError, IndexError) as e:
+        raise ValueError(f"{path} is not a checkpoint of this program: no {e}.") from e
 
 
 def make_actor(run: Path, stored: dict, spec: envs.Spec) -> Actor:
@@ -99,7 +98,7 @@ def make_actor(run: Path, stored: dict, spec: envs.Spec) -> Actor:
         shape = (spec.action_dim, args["hidden"], spec.discrete, args["shared_actor"])
         actor = Actor(mean, std, *shape)
         actor.load_state_dict(weights)
-    except (RuntimeError, KeyError) as e:  # of other layers than macql.Actor's
+    except (RuntimeError, KeyError, TypeError, AttributeError) as e:  # of other layers than macql.Actor's
         raise ValueError(
             f"{run}: its policy is not a macql.Actor for {spec.env_id} on {spec.backend}: "
             f"{' '.join(str(e).split())}"

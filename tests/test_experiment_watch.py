@@ -103,7 +103,7 @@ def test_a_robot_episode_becomes_a_small_moving_gif(tmp_path):
 
 def test_the_policy_is_the_checkpoint_s_ema_actor(tmp_path):
     saved = save_run(tmp_path, "3m")
-    stored = watch.read_checkpoint(tmp_path)
+    stored = watch.read_policy(tmp_path)
     assert (stored["args"]["env_id"], stored["backend"]) == ("3m", "smax")
     actor = watch.make_actor(tmp_path, stored, envs.make("3m").spec)
     obs, avail = torch.randn(4, *saved.standardise.mean.shape), torch.ones(4, 3, 8)
@@ -132,9 +132,9 @@ def test_what_cannot_be_watched_is_told_in_one_sentence(tmp_path):
     (tmp_path / "metrics.csv").touch()
     assert "has no checkpoint yet" in told()
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    assert "is not a checkpoint of this program" in told()
+    assert "no checkpoint of this program" in told()
     torch.save({"weights": 1}, tmp_path / "checkpoint.pt")
-    assert "is not a checkpoint of this program" in told()
+    assert "no checkpoint of this program" in told()
     save_run(tmp_path, "3m", obs_dim=30)
     assert "(agents, observation size) (3, 30), but 3m on smax has (3, 55)" in told()
     save_run(tmp_path, "3m", actions=5)
