@@ -32,6 +32,7 @@ import importlib
 import io
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -170,6 +171,17 @@ class _Smax(NamedTuple):
     map_names: tuple
 
 
+@contextlib.contextmanager
+def _nothing_printed():
+    """Drop what is printed to the standard output; JaxMARL resets it to sys.__stdout__."""
+    real = sys.__stdout__
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as sys.__stdout__:
+            yield
+    finally:
+        sys.__stdout__ = real
+
+
 @functools.cache
 def _import_smax() -> _Smax:
     # The networks are small and torch uses the GPU: JAX stays on the CPU unless told otherwise.
@@ -177,7 +189,7 @@ def _import_smax() -> _Smax:
     try:
         import jax
 
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports on environments of no use here
+        with _nothing_printed():  # JaxMARL reports on environments that are of no use here
             from jaxmarl.environments.smax import HeuristicEnemySMAX, smax_env
     except ImportError as e:
         raise ImportError(

@@ -15,7 +15,6 @@ import argparse
 import copy
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +27,7 @@ import tyro
 import envs
 from behaviour import Quality, default_episodes
 from buffer import OfflineDataset, SyntheticBuffer, mix
-from datasets import load_dataset, task_of
+from datasets import load_dataset, one_sentence, task_of
 from envs import evaluate
 from experiment import report, setup, tracking
 from experiment.diagnostics import returns_to_go
@@ -347,19 +346,8 @@ def cli(argv: list[str] | None = None, **parts) -> dict:
     Args:
         argv: the flags; None: those of the process. parts: `learner`, ... for `main`.
     """
-    try:
-        args = parse(argv)
-        with stoppable(argv, tracking.OWNED):
-            return main(args, **parts)
-    except (ValueError, OSError, ImportError, FloatingPointError) as e:
-        sys.exit(f"train.py: {e}")
-    except (RuntimeError, MemoryError) as e:
-        if not setup.out_of_memory(e):
-            raise
-        sys.exit(
-            "train.py: the memory is full: lower --hidden, --batch-size, --eval-episodes, "
-            "--model-retain or --rollout-batch-size."
-        )
+    with one_sentence("train.py"), stoppable(argv, tracking.OWNED):
+        return main(parse(argv), **parts)
 
 
 if __name__ == "__main__":

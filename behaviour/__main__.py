@@ -7,7 +7,6 @@ python -m behaviour list                                        the paper's 32 d
 
 import argparse
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -115,11 +114,9 @@ def cli(argv: list[str] | None = None) -> None:
         | Annotated[List, tyro.conf.subcommand("list")]
     )
     run = {Train: run_train, Record: run_record, List: run_list}
-    try:
+    with datasets.one_sentence("python -m behaviour"):
         args = tyro.cli(commands, prog="python -m behaviour", description=__doc__, args=argv)
         run[type(args)](args)
-    except (ValueError, OSError, ImportError) as e:
-        sys.exit(f"python -m behaviour: {e}")
 
 
 if __name__ == "__main__":

@@ -7,25 +7,22 @@ python -m benchmark figures   results/comparison.png
 python -m benchmark speed     updates and rollouts, timed, against an ensemble
 """
 
-import sys
-
 import tyro
 
 from benchmark.figures import figures
 from benchmark.grid import ceiling, grid
 from benchmark.speed import speed
 from benchmark.tables import tables
+from datasets import one_sentence
 
 
 def cli(argv: list[str] | None = None) -> None:
     """The command line: an error is one sentence and a non-zero exit."""
     commands = {command.__name__: command for command in (grid, ceiling, tables, figures, speed)}
-    try:
+    with one_sentence("python -m benchmark"):
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m benchmark", description=__doc__, args=argv
         )
-    except (ValueError, OSError, ImportError) as e:
-        sys.exit(f"python -m benchmark: {e}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ Sizes: B rollouts, H horizon, N agents, O observation, S state, A action, K crit
 import argparse
 import importlib
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ import envs
 import train
 from behaviour import record
 from buffer import OfflineDataset
-from datasets import read_episodes, write_atomic
+from datasets import one_sentence, read_episodes, write_atomic
 from experiment import setup
 from logo_wm import LogoWM
 from simulators.mamujoco import MamujocoEnv
@@ -297,6 +296,12 @@ def by_depth(
 
 def cli(argv: list[str] | None = None) -> dict:
     """The command line: an error is one sentence and a non-zero exit."""
+    with one_sentence("python -m benchmark.oracle"):
+        return run(argv)
+
+
+def run(argv: list[str] | None) -> dict:
+    """Train with the simulator as the world model; returns the content of final.json."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--model", nargs="*", default=[], choices=PARTS)
     own.add_argument("--windows", action="store_true")
@@ -321,7 +326,7 @@ def cli(argv: list[str] | None = None) -> dict:
         folder = Path("runs") / f"{args.env_id}-{args.quality}-{name}-seed{args.seed}"
         flags, args.out = [*flags, "--out", str(folder)], folder
     if args.synthetic_fraction == 0:
-        sys.exit("python -m benchmark.oracle: --synthetic-fraction 0 leaves no place for a model.")
+        raise ValueError("--synthetic-fraction 0 leaves no place for a model.")
     final = train.cli(flags, learner=learner, world_model=world_model, method=name)
     if "simulator" in made:
         made["model"].eval()

@@ -8,6 +8,7 @@ is a value that does not exist, e.g. a win rate of a robot.
 import csv
 import dataclasses
 import io
+import math
 import os
 import platform
 import re
@@ -171,26 +172,36 @@ def read(path: Path, kind: type[T]) -> list[T]:
     """
     types = {f.name: (get_args(f.type) or (f.type,))[0] for f in dataclasses.fields(kind)}
 
+    required = [f.name for f in dataclasses.fields(kind) if f.type in (int, float)]
+
     def value(name: str, cell: str):
         if not cell:
             return "" if types[name] is str else None
-        return types[name](cell)
+        number = types[name](cell)
+        if types[name] is float and not math.isfinite(number):
+            raise ValueError(f"{name} is {cell}")
+        return number
 
     with path.open(newline="") as file:
         reader = csv.DictReader(file, strict=True)
+        try:
+            lines = list(reader)
+        except (csv.Error, UnicodeError) as e:
+            raise ValueError(f"{path}, line {reader.line_num + 1}: damaged ({e}).") from e
         if reader.fieldnames != list(types):
             raise ValueError(
                 f"{path} is not a file of `python -m benchmark`: it has other columns than "
                 f"{', '.join(list(types)[:3])}, ... Give another file."
             )
-        rows = []
-        for line in reader:
-            try:
-                rows.append(kind(**{name: value(name, cell) for name, cell in line.items()}))
-            except (TypeError, ValueError, KeyError) as e:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: not a row of this file ({e}). Delete it."
-                ) from e
+    rows = []
+    for number, line in enumerate(lines, 2):
+        try:
+            row = kind(**{name: value(name, cell) for name, cell in line.items()})
+            if lacking := [k for k, x in vars(row).items() if x is None and k in required]:
+                raise ValueError(f"no {lacking[0]}")
+            rows.append(row)
+        except (TypeError, ValueError, KeyError) as e:
+            raise ValueError(f"{path}, row {number}: not of this file ({e}). Delete it.") from e
     return rows
 
 

@@ -1,6 +1,7 @@
 """Files of recorded episodes: our own layout, readers of every public format, and downloads.
 
   files.py       atomic writing of any file, opening of HDF5 files
+  errors.py      every command ends in one sentence when something is wrong
   rows.py        checks and helpers that all readers share
   episodes.py    our layout, which is pymarl's: writing it and reading it
   omiga.py       OMIGA's HDF5 files of Multi-Agent MuJoCo
@@ -17,6 +18,7 @@ Nothing in a file is executed or unpickled. The formats and their repairs: docs/
 
 from datasets.conversion import convert, describe
 from datasets.episodes import join_rounds, save_episodes
+from datasets.errors import one_sentence
 from datasets.files import (
     check_writable,
     lock,
@@ -28,5 +30,5 @@ from datasets.files import (
 from datasets.load import load_dataset, read_episodes, task_of
 
 __all__ = ["check_writable", "convert", "describe", "join_rounds", "load_dataset", "lock",
-           "make_folder", "read_episodes", "remove_parts", "replacing", "save_episodes",
-           "task_of", "write_atomic"]  # fmt: skip
+           "make_folder", "one_sentence", "read_episodes", "remove_parts", "replacing",
+           "save_episodes", "task_of", "write_atomic"]  # fmt: skip

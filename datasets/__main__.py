@@ -5,12 +5,11 @@ python -m datasets convert PATH OUT.h5 [--env-id ID]   any format -> our own HDF
 python -m datasets download [NAME] [--out DIR]         a public Vault; without NAME: a list
 """
 
-import sys
 from pathlib import Path
 
 import tyro
 
-from datasets import convert, describe, download
+from datasets import convert, describe, download, one_sentence
 
 Source = tyro.conf.Positional[Path]
 
@@ -54,11 +53,7 @@ def download_command(name: tyro.conf.Positional[str] = "", /, out: Path = Path("
 
 if __name__ == "__main__":
     commands = {"info": info_command, "convert": convert_command, "download": download_command}
-    try:
+    with one_sentence("python -m datasets"):
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m datasets", description=__doc__
         )
-    except (ValueError, OSError, ImportError) as e:
-        sys.exit(f"python -m datasets: {e}")
-    except KeyboardInterrupt:
-        sys.exit("python -m datasets: interrupted.")

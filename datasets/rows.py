@@ -57,7 +57,8 @@ def numbers(path: Path, key: str, array) -> None:
         whole = stored >= array.nbytes
         if array.chunks:
             wanted = math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True))
-            whole = array.id.get_num_chunks() == wanted and array.nbytes <= max(DEFLATE * stored, MUCH)
+            whole = array.id.get_num_chunks() == wanted
+            whole &= array.nbytes <= max(DEFLATE * stored, MUCH)
         if not whole:
             raise ValueError(
                 f"{path}: key {key} was not written completely: {stored:,} bytes are stored of an "

@@ -1,10 +1,10 @@
 """Look at finished runs: a GIF of a policy, a table of many runs."""
 
-import sys
 from pathlib import Path
 
 import tyro
 
+from datasets import one_sentence
 from experiment import report as reports
 from experiment.watch import watch as write_gif
 
@@ -42,12 +42,10 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], /) -> None:
 def cli(argv: list[str] | None = None) -> None:
     """The command line: an error is one sentence and a non-zero exit."""
     commands = {"watch": watch, "report": report}
-    try:
+    with one_sentence("python -m experiment"):
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m experiment", description=__doc__, args=argv
         )
-    except (ValueError, OSError, ImportError) as e:
-        sys.exit(f"python -m experiment: {e}")
 
 
 if __name__ == "__main__":

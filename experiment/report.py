@@ -29,6 +29,12 @@ from experiment.setup import commit
 from experiment.tracking import plain
 
 FINAL_EVALUATIONS = 5  # the last ones are pooled to the final score, because single ones vary
+NUMBERS = {  # of final.json, without which no table can be made
+    "dataset": ("return_mean",),
+    "eval": ("return_mean", "win_rate", "episodes"),
+    "clone": ("return_mean",),
+    "world_model": (),
+}
 PACKAGES = ("torch", "numpy", "jaxmarl", "jax", "mujoco")  # that change a run's numbers
 
 
@@ -228,11 +234,21 @@ def read_final(path: Path) -> tuple[str, dict]:
     needed = ("backend", "dataset", "eval", "clone", "world_model")
     if missing := [k for k in needed if not isinstance(run, dict) or k not in run]:
         raise ValueError(f"{file} is not the final.json of a run: no {', '.join(missing)} in it.")
+    if wrong := [part for part, keys in NUMBERS.items() if not has_numbers(run[part], keys)]:
+        raise ValueError(f"{file} is damaged: {wrong[0]} lacks a number, or holds something else.")
     folder = file.absolute().parent
     name = folder.name if file.name == "final.json" else file.stem
     if re.fullmatch(r"seed\d+", name):  # --out FOLDER/seed1: the folder says what it is
         name = f"{folder.parent.name}-{name}"
     return name, run
+
+
+def has_numbers(part, keys: tuple[str, ...]) -> bool:
+    """Whether a part of final.json has numbers of these names; null stands for a missing one."""
+    if part is None:
+        return True
+    found = [part.get(k, "") for k in keys] if isinstance(part, dict) else [""]
+    return all(isinstance(x, int | float | None) for x in found)
 
 
 def compare(paths: list[Path]) -> str:

@@ -118,12 +118,6 @@ def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
         )
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether torch or NumPy could not get the memory that it asked for."""
-    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return full or "can't allocate memory" in str(error)
-
-
 def kept_collections(args) -> int:
     """Collections that D_m keeps; --model-retain 0 stands for all of them."""
     return args.model_retain or math.ceil(args.updates / args.rollout_interval)

@@ -14,6 +14,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -257,6 +258,8 @@ class Run:
             print(f"{self._csv} is missing: the metrics so far are lost, the run goes on")
         write_atomic(self._csv, "".join(kept).encode())
         self._tensorboard = SummaryWriter(self.folder)
+        report = threading.excepthook  # of TensorBoard's thread: its OSErrors come again in ours
+        threading.excepthook = lambda x: None if x.exc_type is OSError else report(x)
         if self.args.track:
             import wandb
 

@@ -98,7 +98,7 @@ def make_actor(run: Path, stored: dict, spec: envs.Spec) -> Actor:
         shape = (spec.action_dim, args["hidden"], spec.discrete, args["shared_actor"])
         actor = Actor(mean, std, *shape)
         actor.load_state_dict(weights)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as e:  # of other layers than macql.Actor's
+    except (RuntimeError, KeyError, TypeError, AttributeError) as e:  # other layers than Actor's
         raise ValueError(
             f"{run}: its policy is not a macql.Actor for {spec.env_id} on {spec.backend}: "
             f"{' '.join(str(e).split())}"
