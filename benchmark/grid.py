@@ -41,6 +41,9 @@ GIVEN = ["--env-id", "--quality", "--seed", "--out", "--resume"]  # by the grid,
 NOT_IN_VARIANT = (*MAY_DIFFER, "env_id", "quality", "dataset", "backend", "seed", "paper")
 
 
+RUNNING: list[subprocess.Popen] = []
+
+
 class Run(NamedTuple):
     """One call of train.py."""
 
@@ -107,7 +110,11 @@ def finish(run: Run, results: Path) -> str | None:
             command.append("--resume")
         with log.open("w") as text:
             variables = os.environ | {"PYTHONPATH": str(ROOT)}
-            status = subprocess.run(command, stdout=text, stderr=text, env=variables).returncode
+            process = subprocess.Popen(command, stdout=text, stderr=text, env=variables,
+                                       start_new_session=True)  # fmt: skip
+            RUNNING.append(process)
+            status = process.wait()
+            RUNNING.remove(process)
         if status:
             last = log.read_text().splitlines()[-1:] or [f"exit status {status}"]
             return f"{run.folder.name}: {last[0]} (see {log})"
@@ -167,7 +174,11 @@ def grid(
             if failure := task.result():
                 failures.append(failure)
                 tqdm.write(failure)
-    finally:  # after Ctrl-C, runs that have not begun do not begin
+    except KeyboardInterrupt:  # the runs save and end, and those that have not begun do not begin
+        for process in [*RUNNING]:
+            process.terminate()
+        raise
+    finally:
         pool.shutdown(cancel_futures=True)
     print(f"{len(runs) - len(failures)} of {len(runs)} runs are in {results}, "
           f"{time.time() - started:.0f} s; python -m benchmark tables")  # fmt: skip

@@ -30,7 +30,8 @@ MAY_BE_ZERO = ("seed", "threads", "model_retain")
 SIZES = ("hidden", "critics", "batch_size", "wm_batch_size", "rollout_batch_size", "horizon",
          "model_retain", "eval_episodes")  # fmt: skip
 TASK = re.compile(r"\w[\w.|-]*")
-LARGEST_SEED = 2**32 - 1
+LARGEST = 1e30  # float32 holds it
+MOST = 2**32 - 1  # also what every generator of random numbers takes as a seed
 SMALLEST = envs.Spec("", "", 1, 1, 1, 1, True, 1)  # a task, for what must be known before the data
 ROBOTS = 100  # MuJoCo simulators side by side
 
@@ -45,15 +46,13 @@ def check_args(args) -> None:
         flag = f"--{name.replace('_', '-')} is {value}"
         if name in SHARES and not 0 <= value <= 1:
             raise ValueError(f"{flag}: give 0 to 1.")
-        if type(value) is float and not 0 <= value < math.inf:
-            raise ValueError(f"{flag}: give 0 or more.")
+        if type(value) is float and not 0 <= value <= LARGEST:
+            raise ValueError(f"{flag}: give 0 to {LARGEST:g}.")
         at_least = 0 if name in MAY_BE_ZERO else 1
-        if type(value) is int and value < at_least:
-            raise ValueError(f"{flag}: give {at_least} or more.")
+        if type(value) is int and not at_least <= value <= MOST:
+            raise ValueError(f"{flag}: give {at_least} to {MOST:,}.")
     if not TASK.fullmatch(args.env_id):
         raise ValueError(f"--env-id is {args.env_id!r}: give a task's name, such as 3s_vs_5z.")
-    if args.seed > LARGEST_SEED:
-        raise ValueError(f"--seed is {args.seed}: give 0 to {LARGEST_SEED}.")
     if args.threads > (cores := os.cpu_count()):
         raise ValueError(f"--threads is {args.threads}: this machine has {cores} cores.")
     if args.synthetic_fraction > 0 and round(args.synthetic_fraction * args.batch_size) == 0:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import envs
 from datasets import lock, make_folder, remove_parts, replacing, write_atomic
+from datasets.errors import Interrupted
 from experiment.stopping import deferring
 
 LOG_EVERY = 100  # updates between two rows of metrics.csv, and between two looks at the GPU
@@ -49,7 +50,7 @@ def own(folder: Path) -> None:
     Raises:
         ValueError: another process owns it. OSError: it cannot be written.
     """
-    if folder in OWNED:
+    if folder.resolve() in map(Path.resolve, OWNED):
         return
     make_folder(folder)
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # open until the process ends
@@ -166,7 +167,7 @@ class Run:
             name: of the counter in `progress`, of the clock in `seconds` and of the metrics.
         Raises:
             FloatingPointError: a metric was not finite; names the update and the metric.
-            KeyboardInterrupt: a signal came; everything up to here is in the checkpoint.
+            Interrupted: a signal came; everything up to here is in the checkpoint.
         """
         first = self.progress[name]
         if first == total:
@@ -193,7 +194,7 @@ class Run:
                     self._look(title, k + 1)  # no checkpoint of numbers that are not finite
                     self.save()
                 if signals:
-                    raise KeyboardInterrupt(*signals)
+                    raise Interrupted(*signals)
 
     def log(self, metrics: dict[str, torch.Tensor]) -> None:
         """Remember this update's metrics, 0-d tensors; nothing is read from the GPU yet."""

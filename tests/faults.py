@@ -67,7 +67,9 @@ def battles(seed: int = 0) -> dict[str, np.ndarray]:
     lengths, won = np.array([8, 3, 5, 4, 8, 6]), np.array([0, 1, 1, 0, 1, 1], bool)
     step, last = np.arange(t), lengths[:, None] - 1
     filled = step <= lengths[:, None]
-    reward = np.where(step <= last, 12 / lengths[:, None], 0.0) + 8 * (won[:, None] & (step == last))
+    reward = np.where(step <= last, 12 / lengths[:, None], 0.0) + 8 * (
+        won[:, None] & (step == last)
+    )
     avail = rng.random((e, t, n, a)) < 0.6
     avail[..., 1] = True
     arrays = {
@@ -397,7 +399,7 @@ def read(path: Path, env_id: str | None) -> tuple[dict, np.ndarray, dict]:
 
 
 def judge_file(base: str, whole: Path, damaged: Path) -> str:
-    """"" if the damaged dataset is refused, or read as it should be; else what is wrong."""
+    """ "" if the damaged dataset is refused, or read as it should be; else what is wrong."""
     name, env_id = BASES[base]
     name = name.removesuffix("/data/main_data.hdf5")
     columns, lengths, metadata = read(whole / name, env_id)
