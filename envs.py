@@ -90,6 +90,18 @@ class Step(NamedTuple):
     done: np.ndarray  # (E,) bool, the episode has ended at this step or before
 
 
+class Unit(NamedTuple):
+    """What a picture shows of a unit in a battle; lengths as on the map."""
+
+    x: float
+    y: float
+    radius: float
+    health: float  # share of its full health, 0: dead
+    ours: bool
+    name: str  # a letter for its type
+    target: int | None  # index of the unit that it attacks now
+
+
 def make(
     env_id: str, num_envs: int = 1, backend: str = "auto", seed: int = 0, render: bool = False,
     hide: bool = True,
@@ -311,19 +323,32 @@ class SmaxEnv:
         self._carry = (jax.random.split(jax.random.PRNGKey(seed), self.num_envs), snapshot)
         self._done = np.zeros(self.num_envs, bool)
 
-    def render(self) -> np.ndarray:
-        """Picture of slot 0, drawn by JaxMARL's own visualiser: (height,width,3) uint8."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+    def units(self) -> list[Unit]:
+        """What slot 0 shows of every unit, ours first, the dead too."""
+        env, state = (
+            self._env,
+            _import_smax().jax.tree.map(lambda x: np.asarray(x[0]), self._carry[1]),
+        )
+        now, ours, moves = state.state, env.num_allies, env.num_movement_actions
+        kind, place = now.unit_types, now.unit_positions
+        health = now.unit_health / np.asarray(env.unit_type_health)[kind]
+        reach = np.asarray(env.unit_type_attack_ranges)[kind]
+        radius = np.asarray(env.unit_type_radiuses)[kind]
+        units = []
+        for i, attack in enumerate(now.prev_attack_actions - moves):  # 0: the first of the others
+            target = attack + ours if i < ours else ours - 1 - attack
+            shoots = attack >= 0 and np.linalg.norm(place[i] - place[target]) < reach[i]
+            left = float(health[i]) if now.unit_alive[i] else 0.0
+            name = env.unit_type_shorthands[kind[i]]
+            at = (float(place[i, 0]), float(place[i, 1]), float(radius[i]))
+            units.append(Unit(*at, left, i < ours, name, int(target) if shoots else None))
+        return units
 
-        jax = _import_smax().jax
-        key, state = jax.tree.map(lambda x: x[0], self._carry)
-        last = dict(zip(self._env.all_agents, state.state.prev_attack_actions, strict=True))
-        figure = Figure(figsize=(5, 5))
-        canvas, now = FigureCanvasAgg(figure), int(state.state.step)
-        self._env.init_render(figure.add_subplot(), (key, state.state, last), 0, now)
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    def render(self) -> np.ndarray:
+        """Picture of slot 0: (height,width,3) uint8."""
+        draw, env = importlib.import_module("simulators.battle").draw, self._env
+        step = int(self._carry[1].state.step[0])
+        return draw(self.units(), env.map_width, env.map_height, step, bool(self._done[0]))
 
     def close(self) -> None:
         """Nothing to free."""

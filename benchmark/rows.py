@@ -171,10 +171,11 @@ def read(path: Path, kind: type[T]) -> list[T]:
         OSError: the file cannot be read.
     """
     types = {f.name: (get_args(f.type) or (f.type,))[0] for f in dataclasses.fields(kind)}
-
     required = [f.name for f in dataclasses.fields(kind) if f.type in (int, float)]
 
-    def value(name: str, cell: str):
+    def value(name: str, cell: str | None):
+        if cell is None:
+            raise ValueError(f"no {name}")
         if not cell:
             return "" if types[name] is str else None
         number = types[name](cell)
@@ -182,17 +183,20 @@ def read(path: Path, kind: type[T]) -> list[T]:
             raise ValueError(f"{name} is {cell}")
         return number
 
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            lines = list(reader)
-        except (csv.Error, UnicodeError) as e:
-            raise ValueError(f"{path}, line {reader.line_num + 1}: damaged ({e}).") from e
-        if reader.fieldnames != list(types):
-            raise ValueError(
-                f"{path} is not a file of `python -m benchmark`: it has other columns than "
-                f"{', '.join(list(types)[:3])}, ... Give another file."
-            )
+    text = path.read_bytes().decode(errors="replace")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lines = list(reader)
+    except csv.Error as e:
+        raise ValueError(f"{path}, line {reader.line_num + 1}: damaged ({e}).") from e
+    if reader.fieldnames != list(types):
+        raise ValueError(
+            f"{path} is not a file of `python -m benchmark`: it has other columns than "
+            f"{', '.join(list(types)[:3])}, ... Give another file."
+        )
+    if "\ufffd" in text or not text.endswith("\n"):
+        damaged = text.partition("\ufffd")[0].count("\n") + 1
+        raise ValueError(f"{path}, line {damaged}: cut, or not UTF-8.")
     rows = []
     for number, line in enumerate(lines, 2):
         try:
@@ -201,7 +205,9 @@ def read(path: Path, kind: type[T]) -> list[T]:
                 raise ValueError(f"no {lacking[0]}")
             rows.append(row)
         except (TypeError, ValueError, KeyError) as e:
-            raise ValueError(f"{path}, row {number}: not of this file ({e}). Delete it.") from e
+            raise ValueError(
+                f"{path}, line {number}: not a row of this file ({e}). Delete it."
+            ) from e
     return rows
 
 

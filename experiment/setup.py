@@ -32,6 +32,7 @@ SIZES = ("hidden", "critics", "batch_size", "wm_batch_size", "rollout_batch_size
 TASK = re.compile(r"\w[\w.|-]*")
 LARGEST = 1e30  # float32 holds it
 MOST = 2**32 - 1  # also what every generator of random numbers takes as a seed
+SIMULATED = 256  # numbers that a simulator keeps of an episode, at least
 SMALLEST = envs.Spec("", "", 1, 1, 1, 1, True, 1)  # a task, for what must be known before the data
 ROBOTS = 100  # MuJoCo simulators side by side
 
@@ -100,7 +101,7 @@ def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
     except RuntimeError:  # torch cannot even count them
         numbers = math.inf
     numbers += args.batch_size * (n * o + s + 2 * h * args.critics)
-    numbers += args.eval_episodes * (n * (o + a) + s)
+    numbers += args.eval_episodes * (n * (o + a) + s + SIMULATED)
     if imagines:
         rows = kept_collections(args) * (args.horizon + 1) * args.rollout_batch_size
         numbers += rows * (n * o + s + 2 * n * a + 2) + args.wm_batch_size * n * (o + s + 2 * h)

@@ -80,7 +80,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
             raise ValueError(f"it holds a {type(state).__name__}")
     except Exception as e:  # whatever zipfile, pickle and torch make of damaged bytes
         what = " ".join(str(e).split())[:300] or type(e).__name__
-        raise ValueError(f"{path} is damaged, or no checkpoint of this program: {what}.") from e
+        raise ValueError(f"{path} is no checkpoint of this program, or damaged: {what}.") from e
     return state
 
 

@@ -1,7 +1,7 @@
 """A GIF of a run's policy, acting greedily in its simulator: `python -m experiment watch RUN`.
 
-SMAX's episodes are drawn by JaxMARL's own visualiser, robots by Gymnasium's renderer, StarCraft
-II's episodes from the positions of their units. Long episodes are thinned evenly.
+Battles are drawn by simulators/battle.py, robots by Gymnasium's renderer. Long episodes are thinned
+evenly.
 """
 
 import io
@@ -19,9 +19,9 @@ from experiment.tracking import read_checkpoint
 from macql import Actor
 
 MOST_FRAMES = 80  # of the whole GIF
-WIDTH = 240  # pixels
-COLOURS = 24  # one palette for all frames, so that what does not move costs no bytes
+COLOURS = 64  # one palette for all frames, so that what does not move costs no bytes
 MILLISECONDS = 80  # that a frame is shown
+LAST = 1600  # milliseconds that an episode's last frame is shown, with its outcome
 
 
 def watch(run: Path, episodes: int = 1, out: Path | None = None, seed: int = 0) -> Path:
@@ -51,11 +51,11 @@ def watch(run: Path, episodes: int = 1, out: Path | None = None, seed: int = 0) 
     try:
         actor = make_actor(run, stored, env.spec)
         budget = max(4, MOST_FRAMES // episodes)
-        frames = [f for k in range(episodes) for f in play(env, actor, seed + k, budget)]
+        films = [play(env, actor, seed + k, budget) for k in range(episodes)]
     finally:
         env.close()
     path = out or run / "watch.gif"
-    datasets.write_atomic(path, gif(frames))
+    datasets.write_atomic(path, gif(films))
     return path
 
 
@@ -132,18 +132,17 @@ def play(env, actor: Actor, seed: int, budget: int) -> list[np.ndarray]:
     return [*frames, env.render()]
 
 
-def gif(frames: list[np.ndarray]) -> bytes:
-    """An endlessly repeated GIF of frames (height,width,3) uint8: small, with few colours."""
-    height = round(WIDTH * frames[0].shape[0] / frames[0].shape[1])
-    small = [Image.fromarray(f).resize((WIDTH, height), Image.Resampling.LANCZOS) for f in frames]
-    some = small[:: -(-len(small) // 8)]  # at most eight frames, one below the other, ...
-    sample = Image.new("RGB", (WIDTH, height * len(some)))
+def gif(films: list[list[np.ndarray]]) -> bytes:
+    """An endlessly repeated GIF of episodes, each a list of frames (height,width,3) uint8."""
+    frames = [Image.fromarray(frame) for film in films for frame in film]
+    shown = [t for film in films for t in (*[MILLISECONDS] * (len(film) - 1), LAST)]
+    some = frames[:: -(-len(frames) // 8)]  # at most eight frames, one below the other, ...
+    width, height = frames[0].size
+    sample = Image.new("RGB", (width, height * len(some)))
     for k, image in enumerate(some):
         sample.paste(image, (0, k * height))
     palette = sample.quantize(COLOURS)  # ... decide the palette
-    flat = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in small]
+    flat = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in frames]
     memory = io.BytesIO()
-    flat[0].save(
-        memory, "GIF", save_all=True, append_images=flat[1:], duration=MILLISECONDS, loop=0
-    )
+    flat[0].save(memory, "GIF", save_all=True, append_images=flat[1:], duration=shown, loop=0)
     return memory.getvalue()

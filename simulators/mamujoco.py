@@ -21,6 +21,9 @@ import numpy as np
 
 from envs import MUJOCO_ROBOTS, Spec, Step
 
+SIDE = 320  # pixels of a picture
+PLANE = 0  # MuJoCo's mjGEOM_PLANE
+
 
 class Partition(NamedTuple):
     """Which entries of a robot's state each agent sees, and which motors it drives.
@@ -120,7 +123,17 @@ class MamujocoEnv:
             os.environ.setdefault("MUJOCO_GL", "egl")  # OpenGL without a display
         modes = ["rgb_array" if render and k == 0 else None for k in range(num_envs)]
         task = f"{env_id.partition('-')[0]}-v5"
-        self.robots = [gymnasium.make(task, render_mode=m, disable_env_checker=True) for m in modes]
+        self.robots = [
+            gymnasium.make(task, render_mode=m, disable_env_checker=True, width=SIDE, height=SIDE)
+            for m in modes
+        ]
+        if render:  # else the robot runs out of its floor, and nothing shows that it moves
+            model = self.robots[0].unwrapped.model
+            floor = model.geom_type == PLANE
+            model.geom_size[floor, :2] = 0  # endless
+            model.mat_texrepeat[model.geom_matid[floor]] = 0.5  # a chequered square is a metre wide
+            model.mat_reflectance[:] = 0  # a mirror and sharp shadows cost half of the time
+            model.vis.quality.shadowsize = 1024
         self.strength = self.robots[0].action_space.high  # (motors,) of action 1
         (n, o), a = self.partition.obs_index.shape, self.partition.action_index.shape[1]
         self.spec = Spec(

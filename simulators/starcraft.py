@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import SMACV2_ID, Spec, Step
+from envs import SMACV2_ID, Spec, Step, Unit
+from simulators.battle import draw
 
 MAX_GAMES = 32  # each is a process of StarCraft II, of about 1 GB of memory
 # The settings of the public datasets [CFCQL, sc2.yaml], which are also SMAC's defaults.
@@ -206,6 +207,7 @@ class SmacEnv:
             seeds = [np.random.SeedSequence((self._seed, k)) for k in range(self.num_envs)]
             self._games = [self._start(int(s.generate_state(1)[0])) for s in seeds]
         self._seed += 1
+        self._steps = 0
         for game in self._games:
             game.reset()  # its result is not used: SMACv2 returns None if it had to try twice
         views = [self._look(game) for game in self._games]
@@ -227,6 +229,7 @@ class SmacEnv:
         if (~allowed & ~self._done[:, None]).any():
             k, i = np.argwhere(~allowed & ~self._done[:, None])[0]
             raise ValueError(f"Slot {k}, agent {i}: action {choice[k, i]} is not available now.")
+        self._steps += 1
         reward = np.zeros(self.num_envs, np.float32)
         terminated, truncated, won = np.zeros((3, self.num_envs), bool)
         for k in np.flatnonzero(~self._done):
@@ -255,26 +258,22 @@ class SmacEnv:
         view = (self._obs.copy(), self._state.copy(), self._avail.copy())
         return Step(*view, reward, terminated, truncated, won, self._done)
 
+    def units(self) -> list[Unit]:
+        """What slot 0 shows of every unit, ours first; whom they attack is unknown."""
+        game = self._games[0]
+        return [
+            Unit(u.pos.x, u.pos.y, u.radius, u.health / u.health_max, ours, "", None)
+            for ours, side in ((True, game.agents), (False, game.enemies))
+            for u in side.values()
+        ]
+
     def render(self) -> np.ndarray:
-        """Picture of slot 0, allies blue and enemies green: (height,width,3) uint8.
+        """Picture of slot 0: (height,width,3) uint8.
 
         Drawn from the units' positions: PySC2's own renderer does not load in Python >= 3.11.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Circle
-
-        game, figure = self._games[0], Figure(figsize=(5, 5))
-        canvas, ax = FigureCanvasAgg(figure), figure.add_subplot()
-        ax.set(xlim=(0, game.map_x), ylim=(0, game.map_y), aspect="equal")
-        for units, colour in ((game.agents, "blue"), (game.enemies, "green")):
-            for unit in units.values():
-                if unit.health > 0:
-                    centre = (unit.pos.x, unit.pos.y)
-                    alpha = 0.3 + 0.7 * unit.health / unit.health_max  # paler with less health
-                    ax.add_patch(Circle(centre, unit.radius, color=colour, alpha=alpha))
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        game = self._games[0]
+        return draw(self.units(), game.map_x, game.map_y, self._steps, bool(self._done[0]))
 
     def close(self) -> None:
         """End the games."""

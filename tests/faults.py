@@ -18,12 +18,14 @@ import json
 import multiprocessing
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -231,8 +233,8 @@ ARRAYS: dict[str, Callable] = {
     "1e300": lambda f, key, rng: put(f, key, rng, 1e300),
     "complex": as_type(complex),
     "float64": as_type(np.float64),
-    "big-endian": lambda f, key, rng: replace(f, key, f[key][()].astype(f[key].dtype.newbyteorder(">"))),
-    "compound": lambda f, key, rng: replace(f, key, np.zeros(f[key].shape, [("a", "f4"), ("b", "i4")])),
+    "big-endian": as_type(">f8"),
+    "compound": lambda f, key, rng: replace(f, key, np.zeros(f[key].shape, [("a", "f4")])),
     "huge": huge,
     "half written": half_written,
     "external": external,
@@ -515,8 +517,6 @@ NONSENSE = {
 
 def flag_case(seed: int, work: Path) -> tuple[str, str]:
     """One or two nonsensical flags of train.py, or a line of another command."""
-    import typing
-
     from behaviour import __main__ as behaviour
     from benchmark import __main__ as benchmark
     from experiment import __main__ as experiment
@@ -560,8 +560,6 @@ def flag_case(seed: int, work: Path) -> tuple[str, str]:
         }  # fmt: skip
         call = list(lines)[rng.integers(3)]
         what = str(rng.choice(lines[call]))
-        import shlex
-
         line = shlex.split(what)
     output = io.StringIO()
     try:
@@ -585,10 +583,12 @@ def flag_case(seed: int, work: Path) -> tuple[str, str]:
 
 
 def snapshot() -> str:
-    """Which files the project has, but for what Python caches, with their sizes."""
+    """Which files the project has, but for caches, with their sizes."""
     digest = hashlib.sha256()
     for p in sorted(ROOT.rglob("*")):
-        if p.is_file() and not {".git", "__pycache__", "data", "runs"} & set(p.parts):
+        parts = p.relative_to(ROOT).parts
+        hidden = parts[0].startswith(".") or {"__pycache__", "data", "runs"} & set(parts)
+        if p.is_file() and not hidden:
             digest.update(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}".encode())
     return digest.hexdigest()
 
@@ -602,10 +602,10 @@ def run_cases(kind: str, seeds: range) -> list[tuple[int, str, str]]:
     with tempfile.TemporaryDirectory() as work:
         for seed in seeds:
             faulthandler.dump_traceback_later(2 * LIMIT, exit=True)  # it hangs below Python
+            most = max(GIGABYTE, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             what, wrong = case(seed, Path(work))
             faulthandler.cancel_dump_traceback_later()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            if peak > GIGABYTE:
+            if (peak := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) > most:
                 wrong = wrong or f"{peak / 2**20:.1f} GiB of memory"
             if wrong:
                 failures.append((seed, what, wrong))

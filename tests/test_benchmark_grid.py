@@ -1,9 +1,12 @@
 """The grid's runs, and the tables and the picture that are made of their rows."""
 
 import json
+import os
 import random
 import shlex
 import shutil
+import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ import pytest
 import scipy.stats
 
 import train
+from benchmark import __main__ as command_line
 from benchmark import figures, grid, tables
 from benchmark.markdown import fill, fill_files
 from benchmark.rows import ROOT, Depth, Result, read, record, result, write
@@ -54,13 +58,13 @@ def trainings(monkeypatch):
         if args.seed == 13:
             (out / "checkpoint.pt").touch()
             print("train.py: no luck", file=_["stdout"], flush=True)
-            return SimpleNamespace(returncode=1)
+            return SimpleNamespace(wait=lambda: 1)
         (out / "final.json").write_text(json.dumps(final_of(args, 10.0 + args.seed)))
         if "benchmark.oracle" in command and "--windows" not in command:
             (out / "depth.json").write_text(json.dumps(dict.fromkeys(BY_DEPTH, [0.5, None])))
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(grid.subprocess, "run", run)
+    monkeypatch.setattr(grid.subprocess, "Popen", run)
     return calls
 
 
@@ -96,6 +100,21 @@ def test_a_failed_run_is_named_and_resumed_later(tmp_path, trainings):
         assert all(("--resume" in flags) == resumed for flags in failed) and len(failed) == 2
         trainings.clear()
     assert len(read(tmp_path / "runs.csv", Result)) == 2
+
+
+def test_an_interrupted_grid_ends_its_runs_and_starts_no_more(tmp_path, monkeypatch):
+    ended, began = threading.Event(), []
+
+    def start(command, **_):
+        began.append(command)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return SimpleNamespace(wait=lambda: 143 if ended.wait(20) else 0, terminate=ended.set)
+
+    monkeypatch.setattr(grid.subprocess, "Popen", start)
+    line = ["grid", "--env-ids", "3s_vs_5z", "--qualities", "medium", "--seeds", "1", "2"]
+    with pytest.raises(SystemExit) as error:
+        command_line.cli([*line, "--out", str(tmp_path), "--results", str(tmp_path / "runs.csv")])
+    assert error.value.code == 143 and ended.is_set() and len(began) == 1
 
 
 def test_a_run_with_other_flags_is_refused(tmp_path, trainings):

@@ -12,6 +12,8 @@ import envs
 from experiment import __main__ as command
 from experiment import watch
 from macql import Actor
+from simulators import mamujoco
+from simulators.battle import SIDE, TOP
 
 
 def save_run(folder, env_id: str, obs_dim: int | None = None, backend: str = "smax", actions=None):
@@ -66,14 +68,15 @@ def test_a_gif_keeps_order_shape_and_colours():
     frames = np.zeros((12, 60, 120, 3), np.uint8)
     for k in range(12):
         frames[k, :, 10 * k : 10 * k + 10] = (250, 40, 10)
-    image = opened(watch.gif(list(frames)))
-    assert image.n_frames == 12 and image.size == (watch.WIDTH, watch.WIDTH // 2)
+    image = opened(watch.gif([list(frames[:5]), list(frames[5:])]))
+    assert image.n_frames == 12 and image.size == (120, 60)
     for k in range(12):
         image.seek(k)
         shown = np.asarray(image.convert("RGB")).astype(int)
-        assert abs(shown[80, int((10 * k + 5) * watch.WIDTH / 120)] - [250, 40, 10]).max() < 30
+        assert abs(shown[30, 10 * k + 5] - [250, 40, 10]).max() < 30
+        assert image.info["duration"] == (watch.LAST if k in (4, 11) else watch.MILLISECONDS)
     noise = np.random.default_rng(0).integers(0, 255, (20, 40, 40, 3), np.uint8)
-    assert opened(watch.gif(list(noise))).n_frames == 20
+    assert opened(watch.gif([list(noise)])).n_frames == 20
 
 
 def test_a_smax_episode_becomes_a_small_moving_gif(tmp_path, capfd):
@@ -82,7 +85,7 @@ def test_a_smax_episode_becomes_a_small_moving_gif(tmp_path, capfd):
     data = (tmp_path / "watch.gif").read_bytes()
     image = opened(data)
     assert image.format == "GIF" and image.is_animated and 1 < image.n_frames <= watch.MOST_FRAMES
-    assert image.size == (watch.WIDTH, watch.WIDTH) and len(data) < 400 * 1024
+    assert image.size == (SIDE, SIDE + TOP) and len(data) < 400 * 1024
     assert f"wrote {tmp_path / 'watch.gif'}" in capfd.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "watch.gif"]
 
@@ -97,7 +100,7 @@ def test_a_robot_episode_becomes_a_small_moving_gif(tmp_path):
         assert not out.exists()
         pytest.skip(str(e))
     image = opened(out.read_bytes())
-    assert image.n_frames > 4 and image.size == (watch.WIDTH, watch.WIDTH)
+    assert image.n_frames > 4 and image.size == (mamujoco.SIDE, mamujoco.SIDE)
     assert out.stat().st_size < 400 * 1024
 
 
@@ -132,9 +135,9 @@ def test_what_cannot_be_watched_is_told_in_one_sentence(tmp_path):
     (tmp_path / "metrics.csv").touch()
     assert "has no checkpoint yet" in told()
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    assert "no checkpoint of this program" in told()
+    assert "checkpoint of this program" in told()
     torch.save({"weights": 1}, tmp_path / "checkpoint.pt")
-    assert "no checkpoint of this program" in told()
+    assert "checkpoint of this program" in told()
     save_run(tmp_path, "3m", obs_dim=30)
     assert "(agents, observation size) (3, 30), but 3m on smax has (3, 55)" in told()
     save_run(tmp_path, "3m", actions=5)

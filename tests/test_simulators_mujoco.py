@@ -261,7 +261,11 @@ def test_render_draws_the_robot():
         start = env.render()
     except OSError as e:
         pytest.skip(str(e))
-    assert start.shape == (480, 480, 3) and start.dtype == np.uint8 and start.std() > 5
+    assert (
+        start.shape == (mamujoco.SIDE, mamujoco.SIDE, 3)
+        and start.dtype == np.uint8
+        and start.std() > 5
+    )
     for _ in range(20):
         env.step(np.ones((1, 6, 1)))
     assert not np.array_equal(env.render(), start)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ImageColor
 
 import envs
-from simulators import starcraft
+from simulators import battle, starcraft
 
 SIZES = {  # map: agents, observation, state, actions, episode limit
     "2s3z": (5, 80, 120, 11, 120),
@@ -397,9 +398,10 @@ def test_render_draws_both_sides_and_close_ends_games(env):
         game.agents, game.enemies = {0: units[0], 1: units[1]}, {0: units[2]}
     picture = env.render()
     assert picture.shape[-1] == 3 and picture.dtype == np.uint8
-    blue = (picture[..., 2] > 200) & (picture[..., 0] < 100)
-    green = (picture[..., 1] > 100) & (picture[..., 0] < 100) & (picture[..., 2] < 100)
-    assert blue.any() and green.any()  # units of both sides
+    bottom, sides = battle.SIDE + battle.TOP, (battle.OURS, battle.ENEMIES)
+    discs = [[(picture[k] == ImageColor.getrgb(colour)).all() for colour in sides]
+             for k in ((bottom - 120, 150), (bottom - 120, 225))]  # fmt: skip
+    assert discs == [[True, False], [False, True]]  # where the units of both sides stand
     env.close()
     assert all(game.closed for game in games)
 

@@ -1,0 +1,79 @@
+"""A picture of a battle, of SMAX or StarCraft II: who is whose, how healthy, and attacks whom.
+
+Ours are blue, enemies orange. A bar over each unit is its health, a line leads to what it attacks,
+a cross marks where one fell, and the top line says what stands where and, at last, who won.
+"""
+
+import functools
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from envs import Unit
+
+SIDE, TOP = 480, 40  # pixels of the map, and of the line above it
+SMALLEST = 9  # pixels, the least radius of a unit
+BACKGROUND, GRID, INK, GREY = "#f4f4f0", "#e3e3dc", "#222222", "#a8a8a0"
+OURS, ENEMIES = "#1f5fbf", "#e07b00"
+HEALTH = ((0.5, "#2ca02c"), (0.25, "#d4a800"), (0.0, "#d62728"))  # more than this share: colour
+
+
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font."""
+    return ImageFont.load_default(size)
+
+
+def draw(units: list[Unit], width: float, height: float, step: int, ended: bool) -> np.ndarray:
+    """The picture (TOP+SIDE,SIDE,3) uint8 of one moment.
+
+    Args:
+        units: of both sides, the dead too. width, height: of the map, in the units' lengths.
+        step: steps played so far. ended: the episode is over.
+    """
+    image = Image.new("RGB", (SIDE, SIDE + TOP), BACKGROUND)
+    pen, scale = ImageDraw.Draw(image), SIDE / max(width, height)
+
+    def place(unit: Unit) -> tuple[float, float]:
+        return unit.x * scale, TOP + SIDE - unit.y * scale  # y points upwards on the map
+
+    for k in range(0, int(max(width, height)) + 1, 4):
+        pen.line((k * scale, TOP, k * scale, TOP + SIDE), GRID)
+        pen.line((0, TOP + k * scale, SIDE, TOP + k * scale), GRID)
+    for unit in units:
+        if unit.health <= 0:
+            (x, y), r = place(unit), SMALLEST / 2
+            pen.line((x - r, y - r, x + r, y + r), GREY, 2)
+            pen.line((x - r, y + r, x + r, y - r), GREY, 2)
+    for unit in units:
+        if unit.health > 0 and unit.target is not None:
+            pen.line((*place(unit), *place(units[unit.target])), OURS if unit.ours else ENEMIES, 2)
+    for unit in units:
+        if unit.health > 0:
+            draw_unit(pen, unit, *place(unit), max(SMALLEST, unit.radius * scale))
+    draw_line(pen, units, step, ended)
+    return np.asarray(image)
+
+
+def draw_unit(pen: ImageDraw.ImageDraw, unit: Unit, x: float, y: float, r: float) -> None:
+    """A living unit: a disc with the letter of its type, and its health above."""
+    pen.ellipse((x - r, y - r, x + r, y + r), OURS if unit.ours else ENEMIES, INK)
+    pen.text((x, y), unit.name, "white", font(13), anchor="mm")
+    colour = next(colour for least, colour in HEALTH if unit.health > least)
+    left, top, right = x - r - 2, y - r - 8, x + r + 2
+    pen.rectangle((left, top, right, top + 5), "white", INK)
+    pen.rectangle((left + 1, top + 1, left + 1 + (right - left - 2) * unit.health, top + 4), colour)
+
+
+def draw_line(pen: ImageDraw.ImageDraw, units: list[Unit], step: int, ended: bool) -> None:
+    """The top line: both sides' living units, the step, and the outcome once it is known."""
+    pen.rectangle((0, 0, SIDE, TOP - 1), "white")
+    alive = {ours: sum(u.health > 0 for u in units if u.ours == ours) for ours in (True, False)}
+    for x, ours, name in ((12, True, "ours"), (112, False, "enemies")):
+        pen.ellipse((x, 13, x + 14, 27), OURS if ours else ENEMIES, INK)
+        pen.text((x + 20, TOP / 2), f"{name} {alive[ours]}", INK, font(15), anchor="lm")
+    pen.text((250, TOP / 2), f"step {step}", INK, font(15), anchor="lm")
+    if ended:
+        won, lost = not alive[False] and alive[True], not alive[True]
+        text, colour = ("WON", "#2ca02c") if won else ("LOST" if lost else "TIME IS UP", "#d62728")
+        pen.text((SIDE - 12, TOP / 2), text, colour, font(22), anchor="rm")

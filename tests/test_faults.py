@@ -1,0 +1,350 @@
+"""Files, folders, signals and flags that a user may meet: nothing is lost, nothing is believed.
+
+The first test runs a sample of faults.py; `python tests/faults.py` runs all of it.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import faults
+import h5py
+import numpy as np
+import pytest
+import torch
+from test_datasets_formats import smac_steps, write_h5, write_vault
+
+import datasets
+import envs
+import train
+from behaviour import record, weights
+from behaviour.policy import Policy
+from datasets.files import Target
+from simulators.mamujoco import partition
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind, count", [("files", 60), ("checkpoints", 6), ("flags", 20)])
+def test_a_sample_of_the_faults(kind, count):
+    assert faults.run_cases(kind, range(count)) == []
+
+
+@pytest.fixture
+def toy(tmp_path) -> Path:
+    path = tmp_path / "toy.h5"
+    datasets.save_episodes(path, faults.battles(), {"env_id": "toy"})
+    return path
+
+
+@contextlib.contextmanager
+def held(path: Path):
+    """Another process holds the file's lock."""
+    line = [sys.executable, "-c", HOLD, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, **pipes) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield
+        process.communicate()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte, of a real kernel."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # TensorBoard has a file open
+
+
+# ------------------------------------------------------------------------------- disks and folders
+
+
+def test_a_full_disk_ends_a_run_in_one_sentence(small_disk, toy):
+    (small_disk / "filler").write_bytes(bytes(2**20 - 120_000))
+    flags = [
+        *faults.TINY,
+        "--dataset",
+        str(toy),
+        "--hidden",
+        "64",
+        "--out",
+        str(small_disk / "run"),
+    ]
+    code, output = faults.command(*flags)
+    assert re.fullmatch("train.py: .*checkpoint.pt cannot be written: No space left.*", code)
+    assert "Traceback" not in output and not list(small_disk.rglob("*.part"))
+
+
+def test_a_full_disk_leaves_no_part_of_a_recording(small_disk):
+    rng = np.random.default_rng(0)
+    arrays = faults.battles() | {"obs": rng.normal(size=(6, 9, 3, 20_000)).astype(np.float32)}
+    with pytest.raises(OSError, match="x.h5 cannot be written: No space left on device"):
+        datasets.save_episodes(small_disk / "x.h5", arrays, {})
+    assert not list(small_disk.iterdir())
+
+
+def test_a_read_only_folder_is_noticed_before_an_hour_of_playing(small_disk, monkeypatch, toy):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    monkeypatch.setattr(record, "CACHE", small_disk / "data")
+    monkeypatch.setattr(record, "play", None)
+    with pytest.raises(OSError, match="Read-only file system"):
+        record.load_or_record("Hopper-3x1", "medium", 2)
+    code, _ = faults.command("--dataset", str(toy), "--out", str(small_disk / "run"))
+    assert "Read-only file system" in code
+
+
+def test_what_a_failing_write_drops_reads_as_zeros(tmp_path, monkeypatch):
+    target = Target(tmp_path / "x")
+    target.write(b"kept")
+
+    class Full:
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    file, target.file = target.file, Full()
+    assert target.write(b"dropped") == 7 and target.error.errno == 28 and target.tell() == 11
+    target.seek(2)
+    into = bytearray(b"......")
+    assert target.readinto(into) == 6 and into == b"pt\0\0\0\0"
+    target.close()
+
+
+def test_parts_of_killed_processes_are_removed_and_others_kept(tmp_path):
+    dead, alive, other = (tmp_path / f".{n}.part" for n in ("x.h5.1", "x.h5.2", "y.h5.1"))
+    dead.touch()
+    other.touch()
+    with held(alive):
+        datasets.write_atomic(tmp_path / "x.h5", b"new")
+        assert {p.name for p in tmp_path.iterdir()} == {"x.h5", alive.name, other.name}
+
+
+def test_a_run_s_folder_has_one_owner(toy, tmp_path):
+    run, flags = tmp_path / "run", [*faults.TINY, "--dataset", str(toy)]
+    run.mkdir()
+    (run / "metrics.csv").write_text("of the other\n")
+    with held(run / ".lock"):
+        code, _ = faults.command(*flags, "--out", str(run))
+        assert "belongs to another process that is running" in code
+        assert (run / "metrics.csv").read_text() == "of the other\n"
+    assert faults.command(*flags, "--out", str(run))[0] == 0
+
+
+# -------------------------------------------------------------------------------- signals, resuming
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(toy, tmp_path, monkeypatch, number):
+    run, flags = tmp_path / "with space", [*faults.TINY, "--dataset", str(toy)]
+    faults.command(*flags, "--out", str(tmp_path / "whole"))
+    done, descend = [], train.descend
+
+    def interrupted(*arguments):
+        done.append(1)
+        if len(done) == 6:  # in the second phase
+            os.kill(os.getpid(), number)
+        descend(*arguments)
+
+    monkeypatch.setattr(train, "descend", interrupted)
+    code, output = faults.command(*flags, "--out", str(run))
+    assert code == 128 + number and len(done) == 6
+    told = re.search(r"stopped; (.*) is kept. Go on with: (python train.py .*)", output)
+    assert Path(told[1]) == run / "checkpoint.pt" and Path(told[1]).exists()
+    monkeypatch.setattr(train, "descend", descend)
+    assert faults.command(*shlex.split(told[2])[2:])[0] == 0
+    assert faults.content(run) == faults.content(tmp_path / "whole")
+
+
+def test_a_second_signal_ends_at_once(toy, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("still running")
+
+    monkeypatch.setattr(train, "descend", interrupted)
+    flags = [*faults.TINY, "--dataset", str(toy), "--out", str(tmp_path / "run")]
+    code, output = faults.command(*flags)
+    assert code == 130 and "once more: at once" in output and "checkpoint.pt is kept" in output
+
+
+def test_resume_starts_where_nothing_was_saved_and_knows_a_file_by_its_content(
+    toy, tmp_path, monkeypatch
+):
+    run = ["--out", str(tmp_path / "run"), "--resume"]
+    code, output = faults.command(*faults.TINY, "--dataset", str(toy), *run)
+    assert code == 0 and "no checkpoint yet: the run starts" in output
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "final.json").unlink()
+    assert faults.command(*faults.TINY, "--dataset", "./toy.h5", *run)[0] == 0
+    assert (tmp_path / "run" / "final.json").exists()
+
+
+def test_damaged_metrics_are_told(toy, tmp_path):
+    flags = [*faults.TINY, "--dataset", str(toy), "--out", str(tmp_path / "run")]
+    faults.command(*flags)
+    path = tmp_path / "run" / "metrics.csv"
+    whole = path.read_text()
+    path.write_text(whole + "clone,4,b")  # a killed process ends so
+    assert faults.command(*flags, "--resume")[0] == 0 and path.read_text() == whole
+    for row in ("clone,4,bc\n", "clone,x,bc,0.1\n", "nothing,4,bc,0.1\n", "clone,4,bc,\xff\n"):
+        path.write_text(whole + row, encoding="latin-1")
+        code, _ = faults.command(*flags, "--resume")
+        assert re.search(rf"metrics.csv, line {whole.count(chr(10)) + 1} is damaged", code)
+    path.unlink()
+    code, output = faults.command(*flags, "--resume")
+    assert code == 0 and "the metrics so far are lost" in output
+
+
+# --------------------------------------------------------------------------------- what files hold
+
+
+def test_a_row_too_few_is_repaired(tmp_path):
+    arrays = faults.battles()
+    whole, lengths, _ = datasets.read_episodes(write_h5(tmp_path / "whole.h5", arrays))
+    filled = arrays["filled"][..., 0]
+    filled[np.arange(6), filled.sum(1) - 1] = 0
+    columns, again, metadata = datasets.read_episodes(write_h5(tmp_path / "short.h5", arrays))
+    assert "filled marks L instead of L+1 rows" in metadata["repaired"][0]
+    assert np.array_equal(lengths, again)
+    assert all(np.array_equal(columns[k], whole[k]) for k in ("obs", "reward", "terminated"))
+
+
+@pytest.mark.parametrize("way, message", [
+    ("rewards late", "episode 0: not 0 on its final row"), ("rewards early", "shifted by a row"),
+    ("ends late", "not 0 on its final row"), ("float ids", "whole numbers, as ids"),
+    ("no agents", "holds no episodes, rows or agents"),
+])  # fmt: skip
+def test_what_would_be_read_wrong_is_refused(tmp_path, way, message):
+    path = write_h5(tmp_path / "x.h5", faults.battles())
+    with h5py.File(path, "r+") as f:
+        faults.EPISODES[way](f, None)
+    with pytest.raises(ValueError, match=f"x.h5: .*{message}"):
+        datasets.read_episodes(path)
+
+
+def test_a_changed_value_of_a_recording_is_refused(toy):
+    with h5py.File(toy, "r+") as f:
+        f["obs"][0, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match="toy.h5: its content is not what was written"):
+        datasets.read_episodes(toy)
+
+
+def test_agents_that_end_and_agents_that_are_cut_end_an_episode_together(tmp_path):
+    arrays = smac_steps()
+    arrays["terminals"][0, 3], arrays["truncations"][0, 3] = [1, 0], [0, 1]
+    columns, lengths, _ = datasets.read_episodes(write_vault(tmp_path / "a.vlt" / "x", arrays))
+    assert lengths.tolist() == [3, 4, 3]  # two were truncated: their last step is left out
+    assert columns["terminated"].sum() == 1
+
+
+def test_a_dataset_says_its_task(toy, tmp_path, monkeypatch):
+    assert train.parse(["--dataset", str(toy)]).env_id == "toy"
+    nameless = write_h5(tmp_path / "smac_3m_medium.h5", faults.battles())
+    assert train.parse(["--dataset", str(nameless)]).env_id == "3m"
+    with pytest.raises(ValueError, match="was recorded on 3m, not on 3s_vs_5z"):
+        datasets.read_episodes(nameless, "3s_vs_5z")
+    unknown = nameless.rename(tmp_path / "x.h5")
+    code, _ = faults.command("--dataset", str(unknown))
+    assert code == f"train.py: --dataset {unknown} does not say its task: give --env-id."
+
+
+def test_motors_that_do_not_exist_are_not_recorded(tmp_path, monkeypatch):
+    pytest.importorskip("gymnasium_robotics", reason="needs gymnasium-robotics (README)")
+    env_id = "Humanoid-9|8"
+    policies = [Policy(envs.make(env_id).spec, 8) for _ in range(6)]
+    monkeypatch.setattr(weights, "load_policies", lambda *_: policies)
+    record.record(env_id, "medium", 1, 0, tmp_path / "x.h5")
+    columns, _, _ = datasets.read_episodes(tmp_path / "x.h5")
+    missing = partition(env_id).action_index == partition(env_id).motors
+    assert missing.sum() == 1 and not columns["actions"][:, missing].any()
+    assert columns["actions"][:, ~missing].any()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncated", "text", "nan", "shape"])
+def test_a_damaged_behaviour_policy_is_refused(tmp_path, monkeypatch, damage):
+    shipped = dict(np.load(weights.FOLDER / "Hopper-3x1.npz"))
+    path = tmp_path / "Hopper-3x1.npz"
+    if damage == "nan":
+        shipped["log_std"] = shipped["log_std"] * np.nan
+    if damage == "shape":
+        shipped["log_std"] = shipped["log_std"][:, :1]
+    np.savez_compressed(path, **shipped)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1 if damage == "flip" else 0
+    path.write_bytes({"truncated": data[:-100], "text": b"weights"}.get(damage, data))
+    monkeypatch.setattr(weights, "FOLDER", tmp_path)
+    with pytest.raises(
+        ValueError, match="Hopper-3x1.npz.* damaged|Hopper-3x1.npz holds no"
+    ) as told:
+        weights.load_policies("Hopper-3x1", envs.make("Hopper-3x1").spec)
+    assert "\n" not in str(told.value)
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+def test_sizes_that_no_memory_holds_are_refused_before_work(monkeypatch):
+    monkeypatch.setattr(train.setup, "find_dataset", None)  # must not be reached
+    for flag in ("hidden", "critics", "batch-size", "wm-batch-size", "eval-episodes", "horizon"):
+        code, _ = faults.command("--env-id", "3s_vs_5z", f"--{flag}", str(10**9))
+        assert re.fullmatch(rf"train.py: .*GiB of memory are needed.*--{flag} 1000000000.*", code)
+    assert "this machine has" in faults.command("--threads", "100000")[0]
+    assert "--seed is 18446744073709551616" in faults.command("--seed", str(2**64))[0]
+    assert "--env-id is '../../x'" in faults.command("--env-id", "../../x")[0]
+
+
+def test_full_memory_is_one_sentence(toy, monkeypatch):
+    def full(*_):
+        torch.empty(2**60)
+
+    monkeypatch.setattr(train, "load_dataset", full)
+    assert "the memory is full" in faults.command("--dataset", str(toy))[0]
+
+
+def test_results_that_are_damaged_are_one_sentence(tmp_path):
+    from benchmark.rows import RUNS, Result, read
+    from experiment.report import compare
+
+    text = RUNS.read_text()
+    for damaged in (text[:-40], text.replace(",smax,", ',"smax,', 1), text + "\xff"):
+        (tmp_path / "runs.csv").write_text(damaged, encoding="latin-1")
+        with pytest.raises(ValueError, match="runs.csv, line"):
+            read(tmp_path / "runs.csv", Result)
+    final = {"backend": "smax", "dataset": {"return_mean": 1.0}, "eval": None, "clone": None,
+             "world_model": None}  # fmt: skip
+    for change in (
+        {"eval": {}},
+        {"dataset": []},
+        {"world_model": 3},
+        {"clone": {"return_mean": "x"}},
+    ):
+        (tmp_path / "final.json").write_text(json.dumps(final | change))
+        with pytest.raises(ValueError, match=f"final.json is damaged: {next(iter(change))}"):
+            compare([tmp_path])
+
+
+def test_what_jaxmarl_prints_at_its_import_does_not_reach_the_user():
+    line = [sys.executable, "-c", "import envs; envs.known_ids(); print('mine')"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=faults.ROOT)
+    assert (done.stdout, done.returncode) == ("mine\n", 0), types.SimpleNamespace(**vars(done))
