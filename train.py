@@ -31,6 +31,7 @@ from datasets import load_dataset, one_sentence, task_of
 from envs import evaluate
 from experiment import report, setup, tracking
 from experiment.diagnostics import returns_to_go
+from experiment.folder import OWNED
 from experiment.stopping import saying_how_to_go_on
 from logo_wm import LogoWM
 from macql import MACQL, Actor, Critic, descend, linear_decay, policy_loss
@@ -346,7 +347,7 @@ def cli(argv: list[str] | None = None, **parts) -> dict:
     Args:
         argv: the flags; None: those of the process. parts: `learner`, ... for `main`.
     """
-    with one_sentence("train.py"), saying_how_to_go_on(argv, tracking.OWNED):
+    with one_sentence("train.py"), saying_how_to_go_on(argv, OWNED):
         return main(parse(argv), **parts)
 
 

@@ -11,12 +11,9 @@ resumed ends with the same weights and scores, bit for bit.
 """
 
 import contextlib
-import os
-import re
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +22,9 @@ import torch
 from tqdm import tqdm
 
 import envs
-from datasets import lock, make_folder, remove_parts, replacing, write_atomic
+from datasets import replacing, write_atomic
 from datasets.errors import Interrupted
+from experiment.folder import own, read_checkpoint, read_metrics, require, same_kind, take
 from experiment.stopping import deferring
 
 LOG_EVERY = 100  # updates between two rows of metrics.csv, and between two looks at the GPU
@@ -34,75 +32,11 @@ CHECKPOINT_SHARE = 0.02  # of the time that writing checkpoints may take
 FILES = ("metrics.csv", "events.out.tfevents.*", "checkpoint.pt", "run.png", "final.json")
 MAY_DIFFER = ("resume", "out", "track", "threads", "device")  # flags, when a run is resumed
 COUNTERS = ("progress", "evaluations", "seconds", "imagined_rows")
-HEADER = "phase,update,metric,value\n"
-ROW = re.compile(r"(\w+),(\d+),[\w/.-]+,(-?\d[\d.e+-]*|-?inf|nan)\n")
-OWNED: list[Path] = []  # folders of this process's runs, in the order in which they began
 
 
 def plain(args) -> dict:
     """The flags as JSON knows them."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
-
-
-def own(folder: Path) -> None:
-    """Make this process the only one that writes to a run's folder, until it ends.
-
-    Raises:
-        ValueError: another process owns it. OSError: it cannot be written.
-    """
-    if folder.resolve() in map(Path.resolve, OWNED):
-        return
-    make_folder(folder)
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # open until the process ends
-    if not lock(file):
-        os.close(file)
-        raise ValueError(
-            f"{folder} belongs to another process that is running: wait for its end, or give "
-            "another --out."
-        )
-    OWNED.append(folder)
-    remove_parts(folder)
-
-
-def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """The dict in a checkpoint. Its zip archive carries a checksum of every part, which torch does
-    not compare.
-
-    Raises:
-        ValueError: not a checkpoint, or damaged.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} does not have its checksum")
-        state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
-    except Exception as e:  # whatever zipfile, pickle and torch make of damaged bytes
-        what = " ".join(str(e).split())[:300] or type(e).__name__
-        raise ValueError(f"{path} is no checkpoint of this program, or damaged: {what}.") from e
-    return state
-
-
-def require(condition: bool, what: str) -> None:
-    """Raise a ValueError that names a part of a checkpoint unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{what} is not what this run needs")
-
-
-def same_kind(x, other) -> bool:
-    """Whether both are of one type, and dicts of the same keys and kinds of values."""
-    if isinstance(other, dict):
-        return isinstance(x, dict) and list(x) == list(other) and all(
-            same_kind(x[k], other[k]) for k in other
-        )  # fmt: skip
-    return type(x) is type(other)
-
-
-def optimizers(part) -> list[torch.optim.Optimizer]:
-    """Those among a checkpoint's parts: the part itself, or attributes of it."""
-    inside = vars(part).values() if hasattr(part, "__dict__") else ()
-    return [x for x in (part, *inside) if isinstance(x, torch.optim.Optimizer)]
 
 
 class Run:
@@ -252,12 +186,10 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         self._csv, self._wandb = self.folder / "metrics.csv", None
-        kept = [HEADER]
-        if self._csv.exists():
-            kept += self._read_rows()
-        elif any(self.progress.values()):
+        if any(self.progress.values()) and not self._csv.exists():
             print(f"{self._csv} is missing: the metrics so far are lost, the run goes on")
-        write_atomic(self._csv, "".join(kept).encode())
+        done = self.progress | {"eval": self.progress["policy"]}
+        write_atomic(self._csv, read_metrics(self._csv, done).encode())
         self._tensorboard = SummaryWriter(self.folder)
         report = threading.excepthook  # of TensorBoard's thread: its OSErrors come again in ours
         threading.excepthook = lambda x: None if x.exc_type is OSError else report(x)
@@ -265,28 +197,6 @@ class Run:
             import wandb
 
             self._wandb = wandb.init(project="logo", name=self.folder.name, config=plain(self.args))
-
-    def _read_rows(self) -> list[str]:
-        """The rows of metrics.csv that are not newer than the checkpoint.
-
-        Raises:
-            ValueError: a row is damaged; the last one may be cut, where the run was killed.
-        """
-        done = self.progress | {"eval": self.progress["policy"]}
-        rows = self._csv.read_text(errors="replace").splitlines(keepends=True)
-        if rows and not rows[-1].endswith("\n"):
-            rows.pop()
-        kept = []
-        for number, row in enumerate(rows):
-            match = ROW.fullmatch(row)
-            if (row != HEADER) if number == 0 else (not match or match[1] not in done):
-                raise ValueError(
-                    f"--resume: {self._csv}, line {number + 1} is damaged: {row.strip()[:80]!r}. "
-                    "Delete the file; the run then goes on without the metrics so far."
-                )
-            if number and int(match[2]) <= done[match[1]]:
-                kept.append(row)
-        return kept
 
     def _write(self, phase: str, update: int, metrics: dict[str, float]) -> None:
         with self._csv.open("a") as f:
@@ -331,7 +241,13 @@ class Run:
             if missing := wanted - state.keys():
                 raise ValueError(f"{path} holds no {', '.join(sorted(missing))}: delete it.")
             self._check_identity(path, state)
-            self._take(path, state)
+            take(path, state, self.parts)
+            for name in COUNTERS:
+                require(same_kind(state[name], getattr(self, name)), f"{path}: {name}")
+                setattr(self, name, state[name])
+            totals = (self.args.updates, self.args.wm_updates, self.args.updates)
+            for done, total in zip(self.progress.values(), totals, strict=True):
+                require(0 <= done <= total, f"{path}: progress")
         except ValueError as e:
             raise ValueError(f"--resume: {e}") from e
         self.started -= self.seconds["total"]  # the time of the run, not of this process
@@ -343,35 +259,8 @@ class Run:
         if state["data"] != self.metadata["sha256"]:
             raise ValueError(f"{path} is of a run on other data than {self.metadata['path']}.")
         mine, theirs = plain(self.args), state["args"]
+        require(isinstance(theirs, dict), f"{path}: args")
         checked = [k for k in mine if k not in (*MAY_DIFFER, "dataset")]  # data: by their hash
         if differ := [k for k in checked if mine[k] != theirs.get(k)]:
             told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ)
             raise ValueError(f"{path} is of a run with {told}; give that, or another --out.")
-
-    def _take(self, path: Path, state: dict) -> None:
-        """Load the checkpoint's states and counters into the run's parts.
-
-        Raises:
-            ValueError: something in it has another type, shape or range.
-        """
-        try:
-            for name, part in self.parts.items():
-                if isinstance(part, torch.Generator):
-                    part.set_state(state[name].cpu())
-                    continue
-                part.load_state_dict(state[name])
-                for optimizer in optimizers(part):
-                    for p, values in optimizer.state.items():
-                        require(all(x.shape in ((), p.shape) for x in values.values()), name)
-            for name in COUNTERS:
-                require(same_kind(state[name], getattr(self, name)), name)
-                setattr(self, name, state[name])
-            totals = (self.args.updates, self.args.wm_updates, self.args.updates)
-            for done, total in zip(self.progress.values(), totals, strict=True):
-                require(0 <= done <= total, "progress")
-        except Exception as e:  # every part has its own way to say that a state does not fit
-            what = " ".join(str(e).split())[:300]
-            raise ValueError(
-                f"{path} does not fit this run ({type(e).__name__}: {what}): delete it to start "
-                "afresh."
-            ) from e

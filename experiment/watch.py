@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import datasets
 import envs
-from experiment.tracking import read_checkpoint
+from experiment.folder import read_checkpoint
 from macql import Actor
 
 MOST_FRAMES = 80  # of the whole GIF

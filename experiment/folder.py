@@ -1,0 +1,122 @@
+"""A run's folder: whose it is, and what is read back from it; nothing in it is believed unseen."""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from datasets import lock, make_folder, remove_parts
+
+HEADER = "phase,update,metric,value\n"
+ROW = re.compile(r"(\w+),(\d+),[\w/.-]+,(-?\d[\d.e+-]*|-?inf|nan)\n")
+OWNED: list[Path] = []  # folders of this process's runs, in the order in which they began
+
+
+def own(folder: Path) -> None:
+    """Make this process the only one that writes to a run's folder, until it ends.
+
+    Raises:
+        ValueError: another process owns it. OSError: it cannot be written.
+    """
+    if folder.resolve() in map(Path.resolve, OWNED):
+        return
+    make_folder(folder)
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # open until the process ends
+    if not lock(file):
+        os.close(file)
+        raise ValueError(
+            f"{folder} belongs to another process that is running: wait for its end, or give "
+            "another --out."
+        )
+    OWNED.append(folder)
+    remove_parts(folder)
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
+    """The dict in a checkpoint. Its zip archive carries a checksum of every part, which torch does
+    not compare.
+
+    Raises:
+        ValueError: not a checkpoint, or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} does not have its checksum")
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except Exception as e:  # whatever zipfile, pickle and torch make of damaged bytes
+        what = " ".join(str(e).split())[:300] or type(e).__name__
+        raise ValueError(f"{path} is no checkpoint of this program, or damaged: {what}.") from e
+    return state
+
+
+def take(path: Path, state: dict, parts: dict) -> None:
+    """Load a checkpoint's states into the parts of a run, objects with load_state_dict and
+    generators.
+
+    Raises:
+        ValueError: something in it has another type or shape.
+    """
+    try:
+        for name, part in parts.items():
+            if isinstance(part, torch.Generator):
+                part.set_state(state[name].cpu())
+                continue
+            part.load_state_dict(state[name])
+            for optimizer in optimizers(part):  # torch does not compare their shapes
+                for p, values in optimizer.state.items():
+                    require(all(x.shape in ((), p.shape) for x in values.values()), name)
+    except Exception as e:  # every part has its own way to say that a state does not fit
+        what = " ".join(str(e).split())[:300]
+        raise ValueError(
+            f"{path} does not fit this run ({type(e).__name__}: {what}): delete it to start afresh."
+        ) from e
+
+
+def require(condition: bool, what: str) -> None:
+    """Raise a ValueError that names a part of a checkpoint unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{what} is not what this run needs")
+
+
+def same_kind(x, other) -> bool:
+    """Whether both are of one type, and dicts of the same keys and kinds of values."""
+    if isinstance(other, dict):
+        return isinstance(x, dict) and list(x) == list(other) and all(
+            same_kind(x[k], other[k]) for k in other
+        )  # fmt: skip
+    return type(x) is type(other)
+
+
+def optimizers(part) -> list[torch.optim.Optimizer]:
+    """Those among a checkpoint's parts: the part itself, or attributes of it."""
+    inside = vars(part).values() if hasattr(part, "__dict__") else ()
+    return [x for x in (part, *inside) if isinstance(x, torch.optim.Optimizer)]
+
+
+def read_metrics(path: Path, done: dict[str, int]) -> str:
+    """The header and the rows of metrics.csv that are not newer than the checkpoint.
+
+    Args:
+        done: updates of each phase in the checkpoint.
+    Raises:
+        ValueError: a row is damaged; the last one may be cut, where the run was killed.
+    """
+    rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    if rows and not rows[-1].endswith("\n"):
+        rows.pop()
+    kept = [HEADER]
+    for number, row in enumerate(rows):
+        match = ROW.fullmatch(row)
+        if (row != HEADER) if number == 0 else (not match or match[1] not in done):
+            raise ValueError(
+                f"--resume: {path}, line {number + 1} is damaged: {row.strip()[:80]!r}. Delete the "
+                "file; the run then goes on without the metrics so far."
+            )
+        if number and int(match[2]) <= done[match[1]]:
+            kept.append(row)
+    return "".join(kept)
