@@ -212,11 +212,8 @@ def _import_smax() -> _Smax:
 
 
 @functools.cache
-def _compile_smax(env_id: str, hide: bool) -> tuple:
-    """(environment, columns, reset, step) of one map, compiled for E episodes; cached.
-
-    `columns` are those of SMAX's own observation that are shown.
-    """
+def _compile_smax(env_id: str) -> tuple:
+    """(environment, reset, step) of one map, compiled for E episodes; cached."""
     jax, environment, scenario, _ = _import_smax()
     env = environment(
         scenario=scenario(env_id),
@@ -226,14 +223,9 @@ def _compile_smax(env_id: str, hide: bool) -> tuple:
         attack_mode="closest",
     )
 
-    size = env.observation_spaces[env.agents[0]].shape[0]
-    others = size - len(env.own_features)  # one block of unit_features for every other unit
-    hidden = [hide and name in HIDDEN for name in env.unit_features]
-    columns = np.array([k for k in range(size) if k >= others or not hidden[k % len(hidden)]])
-
     def view(state):
         obs, mask = env.get_obs(state), env.get_avail_actions(state)
-        stacked = jax.numpy.stack([obs[a] for a in env.agents])[:, columns]  # (N,O)
+        stacked = jax.numpy.stack([obs[a] for a in env.agents])  # (N,O)
         avail = jax.numpy.stack([mask[a] for a in env.agents]).astype(jax.numpy.float32)
         return stacked, env.get_world_state(state), avail
 
@@ -262,7 +254,15 @@ def _compile_smax(env_id: str, hide: bool) -> tuple:
         return (key, after), (*view(after), reward, *ended)
 
     reset = jax.jit(jax.vmap(reset_one, (0, 0, None)))
-    return env, columns, reset, jax.jit(jax.vmap(step_one))
+    return env, reset, jax.jit(jax.vmap(step_one))
+
+
+def _shown_columns(env, hide: bool) -> np.ndarray:
+    """The columns of SMAX's own observation that are shown: all, or all but `HIDDEN`."""
+    size = env.observation_spaces[env.agents[0]].shape[0]
+    others = size - len(env.own_features)  # one block of unit_features for every other unit
+    hidden = [hide and name in HIDDEN for name in env.unit_features]
+    return np.array([k for k in range(size) if k >= others or not hidden[k % len(hidden)]])
 
 
 class SmaxEnv:
@@ -272,7 +272,8 @@ class SmaxEnv:
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, hide: bool = True):
-        self._env, self.columns, self._reset, self._step = _compile_smax(env_id, hide)
+        self._env, self._reset, self._step = _compile_smax(env_id)
+        self.columns = _shown_columns(self._env, hide)
         self.num_envs, self._seed = num_envs, seed
         self.weakened = 0.0  # share of enemies that start with half their health (for a curriculum)
         agent = self._env.agents[0]
@@ -297,7 +298,9 @@ class SmaxEnv:
         self._done = np.zeros(self.num_envs, bool)
         nothing = np.zeros(self.num_envs, bool)
         zero = np.zeros(self.num_envs, np.float32)
-        return Step(*map(np.asarray, seen), zero, nothing, nothing, nothing, self._done)
+        obs, state, avail = map(np.asarray, seen)
+        obs = obs[..., self.columns]
+        return Step(obs, state, avail, zero, nothing, nothing, nothing, self._done)
 
     def step(self, actions: np.ndarray) -> Step:
         """Advance every unfinished episode by one step.
@@ -311,7 +314,7 @@ class SmaxEnv:
         running = ~self._done
         self._done = self._done | terminated | timeout
         ended = (terminated & running, timeout & ~terminated & running, won & running)
-        return Step(obs, state, avail, reward, *ended, self._done)
+        return Step(obs[..., self.columns], state, avail, reward, *ended, self._done)
 
     def snapshot(self):
         """The simulator's own state of every slot: a JAX tree of arrays (E,...)."""

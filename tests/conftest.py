@@ -1,8 +1,11 @@
 """Two workers share the cores, so each computes with one thread. SMAX is compiled without
-optimisation, which halves the time of the tests, because they play few episodes.
+optimisation, which halves the time of the tests, because they play few episodes; what one worker or
+command has compiled, the others find in a folder of this session.
 """
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,18 @@ TINY = (
     "--rollout-batch-size 8 --rollout-interval 2 --model-retain 2 --eval-every 2 "
     "--eval-episodes 8 --threads 1 --device cpu --u-scale 5 --imagine-after 0.17"
 ).split()
+
+
+def pytest_configure(config):
+    """The first process makes the folder; the workers inherit its environment."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        config.compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(getattr(config, "compiled", ""), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,7 @@ def test_unit_net_ignores_features_of_dead_enemies():
 
 @pytest.mark.parametrize("env_id", envs.PAPER_SMAC)
 def test_unit_net_blocks_match_smax_observations(env_id):
-    env = envs._compile_smax(env_id, False)[0]
+    env = envs._compile_smax(env_id)[0]
     n, a = env.num_allies, env.action_spaces[env.agents[0]].n
     o = env.observation_spaces[env.agents[0]].shape[0]
     net = UnitNet(n, o, a, 4)

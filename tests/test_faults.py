@@ -188,9 +188,7 @@ def test_a_second_signal_ends_at_once(toy, tmp_path, monkeypatch):
     assert code == 130 and "once more: at once" in output and "checkpoint.pt is kept" in output
 
 
-def test_resume_starts_where_nothing_was_saved_and_knows_a_file_by_its_content(
-    toy, tmp_path, monkeypatch
-):
+def test_resume_may_start_and_knows_a_file_by_its_content(toy, tmp_path, monkeypatch):
     run = ["--out", str(tmp_path / "run"), "--resume"]
     code, output = faults.command(*faults.TINY, "--dataset", str(toy), *run)
     assert code == 0 and "no checkpoint yet: the run starts" in output
@@ -250,7 +248,7 @@ def test_a_changed_value_of_a_recording_is_refused(toy):
         datasets.read_episodes(toy)
 
 
-def test_agents_that_end_and_agents_that_are_cut_end_an_episode_together(tmp_path):
+def test_an_episode_ends_where_agents_end_or_are_cut(tmp_path):
     arrays = smac_steps()
     arrays["terminals"][0, 3], arrays["truncations"][0, 3] = [1, 0], [0, 1]
     columns, lengths, _ = datasets.read_episodes(write_vault(tmp_path / "a.vlt" / "x", arrays))
@@ -344,7 +342,7 @@ def test_results_that_are_damaged_are_one_sentence(tmp_path):
             compare([tmp_path])
 
 
-def test_what_jaxmarl_prints_at_its_import_does_not_reach_the_user():
+def test_what_jaxmarl_prints_does_not_reach_the_user():
     line = [sys.executable, "-c", "import envs; envs.known_ids(); print('mine')"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=faults.ROOT)
     assert (done.stdout, done.returncode) == ("mine\n", 0), types.SimpleNamespace(**vars(done))
