@@ -138,7 +138,11 @@ def make_folder(folder: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise the OSError now that writing the file `path` would meet later."""
+    """Raise the OSError now that writing the file `path` would meet later.
+
+    Parts that killed processes have left of it are removed.
+    """
+    remove_parts(path.parent, path.name)
     probe = path.with_name(f".{path.name}.probe")
     write_atomic(probe, b"")
     probe.unlink()

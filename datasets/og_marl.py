@@ -125,8 +125,11 @@ def read_vault(path: Path, env_id: str | None) -> tuple[dict, np.ndarray, dict]:
     def chunk(key):
         return stores[key].chunk_layout.read_chunk.shape[1]
 
+    total = streams * time
+    check_room(path, {k: (total, *stores[k].shape[2:]) for k in ("rewards", "terminals")})
+
     def flags(key):
-        return finite(path, key, 0, rows(key, 0, streams * time)).reshape(streams * time, -1) != 0
+        return finite(path, key, 0, rows(key, 0, total)).reshape(total, -1) != 0
 
     over = flags("terminals")
     terminal = over.all(-1)  # an episode has ended once all agents have; cut if one was only cut

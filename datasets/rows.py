@@ -67,13 +67,18 @@ def numbers(path: Path, key: str, array) -> None:
 
 
 def check_room(path: Path, columns: dict[str, tuple]) -> None:
-    """Raise a ValueError if float32 columns of these shapes do not fit into memory."""
-    need = 4 * sum(math.prod(shape) for shape in columns.values())
+    """Raise a ValueError if float32 columns of these shapes do not fit into memory, or cannot come
+    from a file of this size.
+    """
+    rows, need = max(columns.values())[0], 4 * sum(map(math.prod, columns.values()))
+    stored = sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")))
+    if need > max(MUCH, 4 * DEFLATE * stored):  # a byte becomes a float32
+        raise ValueError(f"{path}: {stored:,} bytes cannot hold the {rows:,} rows that it claims.")
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have:
         raise ValueError(
-            f"{path}: {need / 2**30:,.1f} GiB are needed for its {max(columns.values())[0]:,} "
-            f"rows, and this machine has {have / 2**30:,.1f}."
+            f"{path}: {need / 2**30:,.1f} GiB are needed for its {rows:,} rows, and this machine "
+            f"has {have / 2**30:,.1f}."
         )
 
 

@@ -337,6 +337,15 @@ def damage_json(path: Path, rng) -> None:
     path.write_bytes(text.encode("latin-1"))
 
 
+def overcount(main: Path, rng) -> None:
+    """Let a Vault claim more rows than were written to it."""
+    import tensorstore
+
+    base = {"driver": "ocdbt", "base": f"file://{main}/", "path": "vault_index"}
+    index = tensorstore.open({"driver": "zarr", "kvstore": base}).result()
+    index.write(np.array([10 ** int(rng.integers(3, 10))], np.int32)).result()
+
+
 def damage_file(base: str, folder: Path, rng) -> str:
     """Damage the copy of a dataset that lies in `folder`; returns what was done."""
     main = folder / BASES[base][0]
@@ -344,6 +353,7 @@ def damage_file(base: str, folder: Path, rng) -> str:
         files = sorted(p for p in main.rglob("*") if p.is_file())
         victim = files[rng.integers(len(files))]
         ways = BYTES | PATHS | {"metadata": lambda _, rng: damage_json(main / "metadata.json", rng)}
+        ways["overcount"] = lambda _, rng: overcount(main, rng)
         way = str(rng.choice(list(ways)))
         ways[way](victim, rng)
         return f"{victim.name[:12]}: {way}"
