@@ -347,11 +347,32 @@ class SmaxEnv:
             units.append(Unit(*at, left, i < ours, name, int(target) if shoots else None))
         return units
 
+    def film(self, *sequences: np.ndarray) -> list[list[np.ndarray]]:
+        """Pictures (height,width,3) uint8 of sequences of states (T,S), also of imagined ones, all
+        of the part of the map on which they play."""
+        battle, films = importlib.import_module("simulators.battle"), []
+        scenes = [[self._living(state) for state in states] for states in sequences]
+        view = battle.view_of([unit for scene in scenes for units in scene for unit in units])
+        for scene in scenes:
+            films.append([battle.draw(units, view, k, False) for k, units in enumerate(scene)])
+        return films
+
+    def _living(self, state: np.ndarray) -> list[Unit]:
+        """The units of a state (S,); those without health are dead."""
+        env, size, units = self._env, len(self._env.own_features), []
+        count = env.num_allies + env.num_enemies
+        for i, x in enumerate(state[: count * size].reshape(count, size)):
+            kind, left = int(x[4:].argmax()), float(x[0].clip(0, 1))  # after position and cooldown
+            at = (float(x[1]), float(x[2]), float(env.unit_type_radiuses[kind]))
+            name = env.unit_type_shorthands[kind]
+            units += [Unit(*at, left, i < env.num_allies, name, None)] if left > 0.01 else []
+        return units
+
     def render(self) -> np.ndarray:
         """Picture of slot 0: (height,width,3) uint8."""
         draw, env = importlib.import_module("simulators.battle").draw, self._env
-        step = int(self._carry[1].state.step[0])
-        return draw(self.units(), env.map_width, env.map_height, step, bool(self._done[0]))
+        view, step = (0, 0, max(env.map_width, env.map_height)), int(self._carry[1].state.step[0])
+        return draw(self.units(), view, step, bool(self._done[0]))
 
     def close(self) -> None:
         """Nothing to free."""

@@ -118,14 +118,7 @@ class Robot:
 
     def start(self, rows: np.ndarray, seed: int) -> None:
         """As `Smax.start`; robots have no randomness."""
-        model = self.robot.model
-        hidden = model.nq + model.nv - self.env.spec.state_dim  # positions on the ground: 1 or 2
-        if hidden < 0:  # contact forces follow the positions and velocities
-            hidden = 2
-        x = self.recorded[rows].astype(np.float64)
-        positions = np.concatenate([np.zeros((len(x), hidden)), x[:, : model.nq - hidden]], 1)
-        velocities = x[:, model.nq - hidden : model.nq - hidden + model.nv]
-        self.inside = list(zip(positions, velocities, strict=True))
+        self.inside = list(zip(*self.env.inside(self.recorded[rows]), strict=True))
         self.state, self.done = self.recorded[rows].copy(), np.zeros(len(rows), bool)
 
     def step(self, actions: np.ndarray) -> envs.Step:

@@ -7,6 +7,7 @@ tracking     class Run: progress bars, metrics.csv, TensorBoard, checkpoint.pt
 diagnostics  errors of the world model; what can be said of a policy without playing it
 report       the closing table, run.png and final.json; tables over several runs
 watch        a GIF of a run's policy
+imagined     a GIF of a recorded episode beside the world model's rollout
 
 python -m experiment watch RUN          python -m experiment report RUN...
 """

@@ -6,6 +6,7 @@ import tyro
 
 from datasets import one_sentence
 from experiment import report as reports
+from experiment.imagined import watch_imagined
 from experiment.watch import watch as write_gif
 
 
@@ -13,18 +14,25 @@ def watch(
     run: tyro.conf.Positional[Path],
     /,
     episodes: int = 1,
+    imagined: bool = False,
+    steps: int = 15,
     out: Path | None = None,
     seed: int = 0,
 ) -> None:
-    """Write a GIF of a run's policy, acting greedily in its simulator.
+    """Write a GIF of a run's policy, acting greedily in its simulator, or of its world model.
 
     Args:
         run: folder of a run, as train.py prints it
         episodes: number of episodes, shown one after the other
-        out: file to write, RUN/watch.gif by default
-        seed: of the first episode
+        imagined: a recorded episode and, beside it, what LOGO imagines under the same actions
+        steps: with --imagined, of the rollout
+        out: file to write, RUN/watch.gif (RUN/imagined.gif) by default
+        seed: of the first episode, or of the choice of the recorded one
     """
-    path = write_gif(run, episodes, out, seed)
+    if imagined:
+        path = watch_imagined(run, steps, out, seed)
+    else:
+        path = write_gif(run, episodes, out, seed)
     print(f"wrote {path} ({path.stat().st_size / 1024:.0f} KiB)")
 
 

@@ -19,7 +19,7 @@ from experiment.folder import read_checkpoint
 from macql import Actor
 
 MOST_FRAMES = 80  # of the whole GIF
-COLOURS = 64  # one palette for all frames, so that what does not move costs no bytes
+COLOURS = 128  # one palette for all frames, so that what does not move costs no bytes
 MILLISECONDS = 80  # that a frame is shown
 LAST = 1600  # milliseconds that an episode's last frame is shown, with its outcome
 
@@ -132,10 +132,14 @@ def play(env, actor: Actor, seed: int, budget: int) -> list[np.ndarray]:
     return [*frames, env.render()]
 
 
-def gif(films: list[list[np.ndarray]]) -> bytes:
-    """An endlessly repeated GIF of episodes, each a list of frames (height,width,3) uint8."""
+def gif(films: list[list[np.ndarray]], milliseconds: int = MILLISECONDS) -> bytes:
+    """An endlessly repeated GIF of episodes, each a list of frames (height,width,3) uint8.
+
+    Args:
+        milliseconds: that a frame is shown, but for an episode's last.
+    """
     frames = [Image.fromarray(frame) for film in films for frame in film]
-    shown = [t for film in films for t in (*[MILLISECONDS] * (len(film) - 1), LAST)]
+    shown = [t for film in films for t in (*[milliseconds] * (len(film) - 1), LAST)]
     some = frames[:: -(-len(frames) // 8)]  # at most eight frames, one below the other, ...
     width, height = frames[0].size
     sample = Image.new("RGB", (width, height * len(some)))

@@ -24,22 +24,34 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def draw(units: list[Unit], width: float, height: float, step: int, ended: bool) -> np.ndarray:
+def view_of(units: list[Unit]) -> tuple[float, float, float]:
+    """The square of the map (left, bottom, side) that shows all these units."""
+    if not units:
+        return 0, 0, 32
+    xs, ys = [u.x for u in units], [u.y for u in units]
+    side = 4 + max(max(xs) - min(xs), max(ys) - min(ys))
+    return (min(xs) + max(xs) - side) / 2, (min(ys) + max(ys) - side) / 2, side
+
+
+def draw(units: list[Unit], view: tuple[float, float, float], step: int, ended: bool):
     """The picture (TOP+SIDE,SIDE,3) uint8 of one moment.
 
     Args:
-        units: of both sides, the dead too. width, height: of the map, in the units' lengths.
+        units: of both sides, the dead too.
+        view: the square of the map that is shown: left, bottom, side, in the units' lengths.
         step: steps played so far. ended: the episode is over.
     """
     image = Image.new("RGB", (SIDE, SIDE + TOP), BACKGROUND)
-    pen, scale = ImageDraw.Draw(image), SIDE / max(width, height)
+    pen, (left, bottom, side) = ImageDraw.Draw(image), view
+    scale = SIDE / side
 
-    def place(unit: Unit) -> tuple[float, float]:
-        return unit.x * scale, TOP + SIDE - unit.y * scale  # y points upwards on the map
+    def place(unit: Unit) -> tuple[float, float]:  # y points upwards on the map
+        return (unit.x - left) * scale, TOP + SIDE - (unit.y - bottom) * scale
 
-    for k in range(0, int(max(width, height)) + 1, 4):
-        pen.line((k * scale, TOP, k * scale, TOP + SIDE), GRID)
-        pen.line((0, TOP + k * scale, SIDE, TOP + k * scale), GRID)
+    for k in range(-4, int(side) + 5, 4):
+        x, y = (k - left % 4) * scale, TOP + SIDE - (k - bottom % 4) * scale
+        pen.line((x, TOP, x, TOP + SIDE), GRID)
+        pen.line((0, y, SIDE, y), GRID)
     for unit in units:
         if unit.health <= 0:
             (x, y), r = place(unit), SMALLEST / 2

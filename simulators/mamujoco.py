@@ -178,6 +178,39 @@ class MamujocoEnv:
         obs = self.partition.observe(state)
         return Step(obs, state, None, reward, terminated, truncated, won, self._done)
 
+    def inside(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """States (B,S) -> MuJoCo's positions (B,nq) and velocities (B,nv).
+
+        Where on the ground a robot is no state says: 0 here.
+        """
+        model, x = self.robots[0].unwrapped.model, states.astype(np.float64)
+        shown = model.nq - self.ground
+        positions = np.concatenate([np.zeros((len(x), self.ground)), x[:, :shown]], 1)
+        return positions, x[:, shown : shown + model.nv]
+
+    @property
+    def ground(self) -> int:
+        """How many coordinates of the robot's place on the ground its state leaves out."""
+        model = self.robots[0].unwrapped.model
+        missing = model.nq + model.nv - self.spec.state_dim
+        return missing if missing >= 0 else 2  # contact forces follow positions and velocities
+
+    def film(self, *sequences: np.ndarray) -> list[list[np.ndarray]]:
+        """Pictures (height,width,3) uint8 of sequences of states (T,S), also of imagined ones.
+
+        The robot stands where its velocities have brought it from the first state on.
+        """
+        robot, films = self.robots[0].unwrapped, []
+        for states in sequences:
+            positions, velocities = self.inside(states)
+            moved = np.cumsum(velocities[:-1, : self.ground], 0) * robot.dt
+            positions[1:, : self.ground] = moved
+            films.append([])
+            for position, velocity in zip(positions, velocities, strict=True):
+                robot.set_state(position, velocity)
+                films[-1].append(self.render())
+        return films
+
     def render(self) -> np.ndarray:
         """Picture of slot 0 by Gymnasium's renderer: (height,width,3) uint8.
 

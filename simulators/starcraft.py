@@ -273,7 +273,8 @@ class SmacEnv:
         Drawn from the units' positions: PySC2's own renderer does not load in Python >= 3.11.
         """
         game = self._games[0]
-        return draw(self.units(), game.map_x, game.map_y, self._steps, bool(self._done[0]))
+        view = (0, 0, max(game.map_x, game.map_y))
+        return draw(self.units(), view, self._steps, bool(self._done[0]))
 
     def close(self) -> None:
         """End the games."""

@@ -6,11 +6,13 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 
 import envs
+import train
 from experiment import __main__ as command
-from experiment import watch
+from experiment import imagined, watch
 from macql import Actor
 from simulators import mamujoco
 from simulators.battle import SIDE, TOP
@@ -150,3 +152,71 @@ def test_what_cannot_be_watched_is_told_in_one_sentence(tmp_path):
 def test_the_command_ends_with_the_sentence(tmp_path):
     with pytest.raises(SystemExit, match="python -m experiment: .* is not a run: give the folder"):
         command.cli(["watch", str(tmp_path / "nothing")])
+
+
+# -------------------------------------------------------------------- what the world model imagines
+
+
+def test_a_recorded_episode_beside_the_imagined_one(dataset, tmp_path):
+    flags = [*TINY, "--dataset", str(dataset), "--out", str(tmp_path)]
+    train.cli([*flags, "--updates", "2", "--eval-every", "2"])
+    command.cli(["watch", str(tmp_path), "--imagined", "--steps", "4"])
+    image = opened((tmp_path / "imagined.gif").read_bytes())
+    height = imagined.WIDTH * (SIDE + TOP) // SIDE
+    assert image.n_frames == 5 and image.size == (2 * imagined.WIDTH, height + imagined.LINE)
+    first = np.asarray(image.convert("RGB")).astype(int)[TOP:height]
+    left, right = first[:, : imagined.WIDTH], first[:, imagined.WIDTH :]
+    assert np.array_equal(left, right)  # they start in the same state, ...
+    image.seek(4)
+    last = np.asarray(image.convert("RGB")).astype(int)[TOP:height]
+    assert not np.array_equal(last[:, : imagined.WIDTH], left)  # ... and both go on
+    with pytest.raises(SystemExit, match="no held-out episode is as long; give fewer"):
+        command.cli(["watch", str(tmp_path), "--imagined", "--steps", "101"])
+    train.cli([*flags, "--updates", "2", "--eval-every", "2", "--synthetic-fraction", "0"])
+    with pytest.raises(SystemExit, match="was trained without a world model"):
+        command.cli(["watch", str(tmp_path), "--imagined"])
+
+
+def test_states_show_the_units_that_the_simulator_has():
+    env = envs.make("3s_vs_5z", 1)
+    act, now = envs.random_policy(env.spec, 0), env.reset(seed=1)
+    while not now.done.all():
+        now = env.step(act(torch.tensor(now.obs), torch.tensor(now.avail)).numpy())
+        units, shown = env.units(), env._living(now.state[0])
+        alive = [unit._replace(target=None) for unit in units if unit.health > 0.01]
+        np.testing.assert_allclose([u[:4] for u in shown], [u[:4] for u in alive], rtol=1e-6)
+        assert [u[4:] for u in shown] == [u[4:] for u in alive]
+        targets = [u.target for u in units if u.target is not None]
+        assert all(units[k].ours != u.ours for u in units if (k := u.target) is not None)
+    assert targets, "at the end of a battle somebody attacks"
+    ours = [u for u in units if u.ours and u.health > 0]
+    assert now.won[0] == bool(ours) or not now.terminated[0]
+
+
+def test_uncertainty_reddens_the_line_below():
+    picture = np.zeros((10, 10, 3), np.uint8)
+    frames = [
+        imagined.side_by_side(picture, picture, 1, u=1.0, red=red, over=False)
+        for red in (0.0, 0.5, 1.0)
+    ]
+    seen = [tuple(f[-3, -3]) for f in frames]
+    assert seen == [(255, 255, 255), (255, 128, 128), (255, 0, 0)]
+
+
+def test_a_robot_in_a_film_moves_as_its_velocity_says(monkeypatch):
+    pytest.importorskip("gymnasium_robotics", reason="needs gymnasium-robotics (README)")
+    env = envs.make("HalfCheetah-6x1")
+    robot, now, states, places = env.robots[0].unwrapped, env.reset(seed=1), [], []
+    for _ in range(40):
+        states.append(now.state[0])
+        places.append(robot.data.qpos[0])
+        now = env.step(np.ones((1, 6, 1)))
+    positions, velocities = env.inside(np.array(states))
+    assert env.ground == 1 and positions.shape[1] == robot.model.nq
+    assert np.allclose(positions[-1, 1:], states[-1][:8], atol=1e-6)
+    assert np.allclose(velocities[-1], states[-1][8:], atol=1e-6)
+    monkeypatch.setattr(env, "render", lambda: robot.data.qpos.copy())
+    (film,) = env.film(np.array(states))
+    shown = np.array(film)
+    assert np.allclose(shown[:, 1:], positions[:, 1:], atol=1e-6) and np.ptp(places) > 0.5
+    assert np.abs(shown[:, 0] - (np.array(places) - places[0])).max() < 0.1
