@@ -218,5 +218,5 @@ def test_a_robot_in_a_film_moves_as_its_velocity_says(monkeypatch):
     monkeypatch.setattr(env, "render", lambda: robot.data.qpos.copy())
     (film,) = env.film(np.array(states))
     shown = np.array(film)
-    assert np.allclose(shown[:, 1:], positions[:, 1:], atol=1e-6) and np.ptp(places) > 0.5
-    assert np.abs(shown[:, 0] - (np.array(places) - places[0])).max() < 0.1
+    assert np.allclose(shown[:, 1:], positions[:, 1:], atol=1e-6) and np.ptp(places) > 0.2
+    assert np.abs(shown[:, 0] - (np.array(places) - places[0])).max() < 0.05
