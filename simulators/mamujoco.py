@@ -203,8 +203,8 @@ class MamujocoEnv:
         robot, films = self.robots[0].unwrapped, []
         for states in sequences:
             positions, velocities = self.inside(states)
-            moved = np.cumsum(velocities[:-1, : self.ground], 0) * robot.dt
-            positions[1:, : self.ground] = moved
+            speed = velocities[:, : self.ground]
+            positions[1:, : self.ground] = np.cumsum(speed[:-1] + speed[1:], 0) * robot.dt / 2
             films.append([])
             for position, velocity in zip(positions, velocities, strict=True):
                 robot.set_state(position, velocity)
