@@ -90,18 +90,6 @@ class Step(NamedTuple):
     done: np.ndarray  # (E,) bool, the episode has ended at this step or before
 
 
-class Unit(NamedTuple):
-    """What a picture shows of a unit in a battle; lengths as on the map."""
-
-    x: float
-    y: float
-    radius: float
-    health: float  # share of its full health, 0: dead
-    ours: bool
-    name: str  # a letter for its type
-    target: int | None  # index of the unit that it attacks now
-
-
 def make(
     env_id: str, num_envs: int = 1, backend: str = "auto", seed: int = 0, render: bool = False,
     hide: bool = True,
@@ -326,53 +314,28 @@ class SmaxEnv:
         self._carry = (jax.random.split(jax.random.PRNGKey(seed), self.num_envs), snapshot)
         self._done = np.zeros(self.num_envs, bool)
 
-    def units(self) -> list[Unit]:
-        """What slot 0 shows of every unit, ours first, the dead too."""
-        env, state = (
-            self._env,
-            _import_smax().jax.tree.map(lambda x: np.asarray(x[0]), self._carry[1]),
+    def units(self) -> list:
+        """Every unit of slot 0 as a `simulators.battle.Unit`, ours first, the dead too."""
+        state = _import_smax().jax.tree.map(lambda x: np.asarray(x[0]), self._carry[1]).state
+        return self._battle().units_of_smax(self._env, state)
+
+    def render(self) -> np.ndarray:
+        """Picture of slot 0: (height,width,3) uint8."""
+        step, side = (
+            int(self._carry[1].state.step[0]),
+            max(self._env.map_width, self._env.map_height),
         )
-        now, ours, moves = state.state, env.num_allies, env.num_movement_actions
-        kind, place = now.unit_types, now.unit_positions
-        health = now.unit_health / np.asarray(env.unit_type_health)[kind]
-        reach = np.asarray(env.unit_type_attack_ranges)[kind]
-        radius = np.asarray(env.unit_type_radiuses)[kind]
-        units = []
-        for i, attack in enumerate(now.prev_attack_actions - moves):  # 0: the first of the others
-            target = attack + ours if i < ours else ours - 1 - attack
-            shoots = attack >= 0 and np.linalg.norm(place[i] - place[target]) < reach[i]
-            left = float(health[i]) if now.unit_alive[i] else 0.0
-            name = env.unit_type_shorthands[kind[i]]
-            at = (float(place[i, 0]), float(place[i, 1]), float(radius[i]))
-            units.append(Unit(*at, left, i < ours, name, int(target) if shoots else None))
-        return units
+        return self._battle().draw(self.units(), (0, 0, side), step, bool(self._done[0]))
 
     def film(self, *sequences: np.ndarray) -> list[list[np.ndarray]]:
         """Pictures (height,width,3) uint8 of sequences of states (T,S), also of imagined ones, all
         of the part of the map on which they play."""
-        battle, films = importlib.import_module("simulators.battle"), []
-        scenes = [[self._living(state) for state in states] for states in sequences]
-        view = battle.view_of([unit for scene in scenes for units in scene for unit in units])
-        for scene in scenes:
-            films.append([battle.draw(units, view, k, False) for k, units in enumerate(scene)])
-        return films
+        battle = self._battle()
+        return battle.film([[battle.living_of_smax(self._env, x) for x in s] for s in sequences])
 
-    def _living(self, state: np.ndarray) -> list[Unit]:
-        """The units of a state (S,); those without health are dead."""
-        env, size, units = self._env, len(self._env.own_features), []
-        count = env.num_allies + env.num_enemies
-        for i, x in enumerate(state[: count * size].reshape(count, size)):
-            kind, left = int(x[4:].argmax()), float(x[0].clip(0, 1))  # after position and cooldown
-            at = (float(x[1]), float(x[2]), float(env.unit_type_radiuses[kind]))
-            name = env.unit_type_shorthands[kind]
-            units += [Unit(*at, left, i < env.num_allies, name, None)] if left > 0.01 else []
-        return units
-
-    def render(self) -> np.ndarray:
-        """Picture of slot 0: (height,width,3) uint8."""
-        draw, env = importlib.import_module("simulators.battle").draw, self._env
-        view, step = (0, 0, max(env.map_width, env.map_height)), int(self._carry[1].state.step[0])
-        return draw(self.units(), view, step, bool(self._done[0]))
+    @staticmethod
+    def _battle():
+        return importlib.import_module("simulators.battle")  # when a picture is asked for
 
     def close(self) -> None:
         """Nothing to free."""

@@ -5,17 +5,64 @@ a cross marks where one fell, and the top line says what stands where and, at la
 """
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-from envs import Unit
 
 SIDE, TOP = 480, 40  # pixels of the map, and of the line above it
 SMALLEST = 9  # pixels, the least radius of a unit
 BACKGROUND, GRID, INK, GREY = "#f4f4f0", "#e3e3dc", "#222222", "#a8a8a0"
 OURS, ENEMIES = "#1f5fbf", "#e07b00"
 HEALTH = ((0.5, "#2ca02c"), (0.25, "#d4a800"), (0.0, "#d62728"))  # more than this share: colour
+
+
+class Unit(NamedTuple):
+    """What a picture shows of a unit in a battle; lengths as on the map."""
+
+    x: float
+    y: float
+    radius: float
+    health: float  # share of its full health, 0: dead
+    ours: bool
+    name: str  # a letter for its type
+    target: int | None  # index of the unit that it attacks now
+
+
+def units_of_smax(env, state) -> list[Unit]:
+    """Every unit in a state of JaxMARL's environment, arrays of one episode; ours first."""
+    ours, place, kind = env.num_allies, state.unit_positions, state.unit_types
+    health = state.unit_health / np.asarray(env.unit_type_health)[kind]
+    reach = np.asarray(env.unit_type_attack_ranges)[kind]
+    radius = np.asarray(env.unit_type_radiuses)[kind]
+    attacks = state.prev_attack_actions - env.num_movement_actions  # 0: the first of the others
+    units = []
+    for i, attack in enumerate(attacks):
+        target = attack + ours if i < ours else ours - 1 - attack
+        shoots = attack >= 0 and np.linalg.norm(place[i] - place[target]) < reach[i]
+        left = float(health[i]) if state.unit_alive[i] else 0.0
+        at = (float(place[i, 0]), float(place[i, 1]), float(radius[i]))
+        name = env.unit_type_shorthands[kind[i]]
+        units.append(Unit(*at, left, i < ours, name, int(target) if shoots else None))
+    return units
+
+
+def living_of_smax(env, state: np.ndarray) -> list[Unit]:
+    """The units of a global state (S,), also of an imagined one; without health they are dead."""
+    size, units = len(env.own_features), []
+    count = env.num_allies + env.num_enemies
+    for i, x in enumerate(state[: count * size].reshape(count, size)):
+        kind, left = int(x[4:].argmax()), float(x[0].clip(0, 1))  # after position and cooldown
+        at = (float(x[1]), float(x[2]), float(env.unit_type_radiuses[kind]))
+        name = env.unit_type_shorthands[kind]
+        units += [Unit(*at, left, i < env.num_allies, name, None)] if left > 0.01 else []
+    return units
+
+
+def film(scenes: list[list[list[Unit]]]) -> list[list[np.ndarray]]:
+    """Pictures of sequences of moments, all of the same part of the map."""
+    view = view_of([unit for scene in scenes for units in scene for unit in units])
+    return [[draw(units, view, k, False) for k, units in enumerate(scene)] for scene in scenes]
 
 
 @functools.cache

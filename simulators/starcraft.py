@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import SMACV2_ID, Spec, Step, Unit
-from simulators.battle import draw
+from envs import SMACV2_ID, Spec, Step
+from simulators.battle import Unit, draw
 
 MAX_GAMES = 32  # each is a process of StarCraft II, of about 1 GB of memory
 # The settings of the public datasets [CFCQL, sc2.yaml], which are also SMAC's defaults.

@@ -15,7 +15,7 @@ from experiment import __main__ as command
 from experiment import imagined, watch
 from macql import Actor
 from simulators import mamujoco
-from simulators.battle import SIDE, TOP
+from simulators.battle import SIDE, TOP, living_of_smax
 
 
 def save_run(folder, env_id: str, obs_dim: int | None = None, backend: str = "smax", actions=None):
@@ -182,7 +182,7 @@ def test_states_show_the_units_that_the_simulator_has():
     act, now = envs.random_policy(env.spec, 0), env.reset(seed=1)
     while not now.done.all():
         now = env.step(act(torch.tensor(now.obs), torch.tensor(now.avail)).numpy())
-        units, shown = env.units(), env._living(now.state[0])
+        units, shown = env.units(), living_of_smax(env._env, now.state[0])
         alive = [unit._replace(target=None) for unit in units if unit.health > 0.01]
         np.testing.assert_allclose([u[:4] for u in shown], [u[:4] for u in alive], rtol=1e-6)
         assert [u[4:] for u in shown] == [u[4:] for u in alive]
