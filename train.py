@@ -347,7 +347,7 @@ def cli(argv: list[str] | None = None, **parts) -> dict:
     Args:
         argv: the flags; None: those of the process. parts: `learner`, ... for `main`.
     """
-    with one_sentence("train.py"), saying_how_to_go_on(argv, OWNED):
+    with one_sentence("train.py"), saying_how_to_go_on(argv, OWNED, "train.py"):
         return main(parse(argv), **parts)
 
 

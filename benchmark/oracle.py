@@ -20,6 +20,7 @@ Sizes: B rollouts, H horizon, N agents, O observation, S state, A action, K crit
 import argparse
 import importlib
 import json
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ from behaviour import record
 from buffer import OfflineDataset
 from datasets import one_sentence, read_episodes, write_atomic
 from experiment import setup
+from experiment.folder import OWNED
+from experiment.stopping import saying_how_to_go_on
 from logo_wm import LogoWM
 from simulators.mamujoco import MamujocoEnv
 
@@ -320,7 +323,10 @@ def run(argv: list[str] | None) -> dict:
         flags, args.out = [*flags, "--out", str(folder)], folder
     if args.synthetic_fraction == 0:
         raise ValueError("--synthetic-fraction 0 leaves no place for a model.")
-    final = train.cli(flags, learner=learner, world_model=world_model, method=name)
+    mine_again = [*(["--windows"] if mine.windows else []), *(["--model"] if mine.model else [])]
+    program = shlex.join(["-m", "benchmark.oracle", *mine_again, *mine.model])
+    with saying_how_to_go_on(flags, OWNED, program):
+        final = train.main(args, learner=learner, world_model=world_model, method=name)
     if "simulator" in made:
         made["model"].eval()
         measured = by_depth(made["learner"], made["model"], made["simulator"], made["data"],

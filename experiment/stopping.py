@@ -14,18 +14,22 @@ from datasets.errors import Interrupted, handling, interrupt
 
 
 @contextlib.contextmanager
-def saying_how_to_go_on(argv: list[str] | None, folders: list[Path]) -> Iterator[None]:
+def saying_how_to_go_on(
+    argv: list[str] | None, folders: list[Path], program: str
+) -> Iterator[None]:
     """Give an interrupt the sentence that says where the checkpoint is and which command goes on.
 
     Args:
         argv: the flags of train.py; None: those of the process.
         folders: of runs, the last one is this process's; read when a signal has come.
+        program: what Python runs.
     """
     try:
         yield
     except Interrupted as e:
         given = sys.argv[1:] if argv is None else argv
-        again = shlex.join(["python", "train.py", *(x for x in given if x != "--resume")])
+        flags = shlex.join(x for x in given if x != "--resume")
+        again = f"python {program} {flags}"
         if folders and (checkpoint := folders[-1] / "checkpoint.pt").exists():
             e.sentence = f"stopped; {checkpoint} is kept. Go on with: {again} --resume"
         else:
