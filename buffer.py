@@ -221,11 +221,18 @@ class SyntheticBuffer:
         return {"collections": self.collections} | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` returned for a buffer of the same sizes."""
+        """Take over what `state_dict` returned for a buffer of the same sizes.
+
+        Raises:
+            ValueError: it is of other sizes.
+        """
         self.collections = state["collections"]
         for name in state.keys() - {"collections"}:
             if state[name] is not None:
-                getattr(self, name).copy_(state[name])
+                mine = getattr(self, name)
+                if mine.shape != state[name].shape:
+                    raise ValueError(f"{name} has shape {tuple(state[name].shape)}.")
+                mine.copy_(state[name])
         if self.collections:
             self.weigh()
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import h5py
 import tyro
 
 import datasets
@@ -67,7 +68,7 @@ def check_output(path: Path, replace: bool = True) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file.")
     if path.exists() and not replace:
-        raise ValueError(f"{path} exists: give --replace to replace it, or another --out.")
+        raise ValueError(f"{path} exists: give another --out (or `train` --replace).")
     datasets.check_writable(path)
 
 
@@ -89,7 +90,7 @@ def run_record(args: Record) -> None:
     started = time.time()
     episodes = record.default_episodes(args.env_id) if args.episodes is None else args.episodes
     path = args.out or record.cached(args.env_id, args.quality, episodes, args.seed)
-    check_output(path)
+    check_output(path, replace=not path.exists() or h5py.is_hdf5(path))
     record.record(args.env_id, args.quality, episodes, args.seed, path)
     print(datasets.describe(path))
     print(f"wrote {path} in {time.time() - started:.0f} s")

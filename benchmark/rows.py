@@ -183,6 +183,8 @@ def read(path: Path, kind: type[T]) -> list[T]:
             raise ValueError(f"{name} is {cell}")
         return number
 
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file of results.")
     text = path.read_bytes().decode(errors="replace")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from datasets.episodes import Padded, save_episodes
@@ -48,6 +49,8 @@ def convert(path: Path, out: Path, env_id: str | None = None) -> None:
 
     Args and errors: as in `load.load_dataset`; OSError if `out` cannot be written.
     """
+    if out.exists() and (out.samefile(path) or not h5py.is_hdf5(out)):
+        raise ValueError(f"{out} exists, and is the source or no dataset: name another file.")
     columns, lengths, metadata = read_episodes(path, env_id)
     discrete = columns["avail"] is not None
     valid = np.ones((len(columns["reward"]), 1))

@@ -147,6 +147,7 @@ def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarr
         ValueError: with the file, the key and the episode of what is wrong.
     """
     keys, width = check_episode_keys(path, f)
+    check_room(path, {k: (*f[k].shape, 2) for k in ("filled", "reward", "terminated")})
     filled = f["filled"][:].reshape(f["filled"].shape[:2]) != 0  # (E,T+1)
     repaired = add_final_rows(path, f, filled)
     lengths = filled.sum(1) - 1
@@ -164,6 +165,7 @@ def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarr
     columns["avail"] = columns.pop("avail_actions", None)
     finish(columns, lengths, columns["terminated"][ends - 2])
     metadata = {k: v.item() if isinstance(v, np.generic) else v for k, v in f.attrs.items()}
+    metadata = {k: text(v) or v for k, v in metadata.items()}
     metadata = {k: v for k, v in metadata.items() if isinstance(v, str | int | float)}
     metadata.pop("win_rate", None)  # it is computed again from the key won
     before = [x for x in str(metadata.get("repaired", "")).split("\n") if x]
@@ -283,6 +285,13 @@ def read_columns(
     if beyond:
         repaired.append(f"rows beyond the end of {beyond} episodes (key filled) were left out")
     return columns, repaired
+
+
+def text(value) -> str | None:
+    """An attribute as text that can be printed; None if it is none."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    return value.encode(errors="replace").decode() if isinstance(value, str) else None
 
 
 def read_won(path: Path, stored, episodes: int) -> np.ndarray:

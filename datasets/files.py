@@ -98,8 +98,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     remove_parts(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     target = Target(temporary)
+    while not lock(target.fileno()) or not is_at(target.fileno(), temporary):
+        target.close()  # another process took it for a dead one's, before it was locked
+        target = Target(temporary)
     try:
-        lock(target.fileno())
         try:
             yield target
         finally:
@@ -143,9 +145,16 @@ def check_writable(path: Path) -> None:
     Parts that killed processes have left of it are removed.
     """
     remove_parts(path.parent, path.name)
-    probe = path.with_name(f".{path.name}.probe")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
     write_atomic(probe, b"")
     probe.unlink()
+
+
+def is_at(file: int, path: Path) -> bool:
+    """Whether the open file is still the one at this path."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), path.stat())
+    return False
 
 
 def lock(file: int) -> bool:
@@ -170,6 +179,12 @@ def remove_parts(folder: Path, name: str = "*") -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+def absolute(path: Path) -> Path:
+    """The path from the root, as the system follows it: `..` goes up from where a link leads."""
+    path = Path(path)
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+
+
 @contextlib.contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
     """Open an HDF5 file of unknown origin for reading; all it holds lies in the file itself.
@@ -188,22 +203,34 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         if not h5py.is_hdf5(path):
             raise ValueError(f"{path}: not an HDF5 file of recorded episodes.")
         with h5py.File(path, "r") as f:
-            refuse_links(path, f, seen=set())
+            inside = refuse_links(path, f, seen=set())
+            if dangling := [name for group, name in inside if group.get(name) is None]:
+                raise ValueError(f"{path}: {dangling[0]} is a link that leads nowhere.")
             yield f
     except H5PY_ERRORS as e:
         raise ValueError(f"{path}: truncated or damaged: {type(e).__name__}: {e}") from e
 
 
-def refuse_links(path: Path, group: h5py.Group, seen: set) -> None:
-    """Raise a ValueError if an entry of the group, or of a group within it, lies elsewhere."""
+def refuse_links(path: Path, group: h5py.Group, seen: set) -> list[tuple[h5py.Group, str]]:
+    """Raise a ValueError if an entry of the group, or of a group within it, lies elsewhere.
+
+    Returns:
+        (group, name) of the links within the file, which are safe to follow once none leads out.
+    """
+    inside = []
     for name in group:
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        link = group.get(name, getlink=True)
+        if isinstance(link, h5py.SoftLink):
+            inside.append((group, name))
+            continue
+        if not isinstance(link, h5py.HardLink):
             raise ValueError(
-                f"{path}: {group.name.rstrip('/')}/{name} is a link to another place, and links "
-                "are not followed."
+                f"{path}: {group.name.rstrip('/')}/{name} is a link to another file, which is not "
+                "read."
             )
         if group.get(name, getclass=True) is h5py.Group:
             address = h5py.h5o.get_info(group[name].id).addr
             if address not in seen:  # a group may hold itself
                 seen.add(address)
-                refuse_links(path, group[name], seen)
+                inside += refuse_links(path, group[name], seen)
+    return inside

@@ -12,7 +12,6 @@ Sizes: E episodes, R rows (L+1 for an episode of L steps), N agents, O observati
 """
 
 import hashlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -21,8 +20,8 @@ import numpy as np
 import torch
 
 from buffer import OfflineDataset
-from datasets.episodes import read_episode_file
-from datasets.files import open_hdf5
+from datasets.episodes import read_episode_file, text
+from datasets.files import absolute, open_hdf5
 from datasets.minari import read_minari
 from datasets.og_marl import VAULT_MUJOCO, read_vault
 from datasets.omiga import OMIGA_KEYS, OMIGA_TASKS, read_omiga
@@ -86,9 +85,14 @@ def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarr
         with open_hdf5(main) as f:
             columns, lengths, metadata = readers[kind](main, f, env_id)
     if env_id:
-        recorded = metadata.setdefault("env_id", task_in_name(path.name) or env_id)
+        word = rf"(?<![a-z0-9])(?<!_vs_){re.escape(env_id.lower())}(?!_vs_)(?![a-z0-9])"
+        named = None if re.search(word, path.name.lower()) else task_in_name(path.name)
+        recorded = metadata.setdefault("env_id", named or env_id)
         if recorded != env_id:
-            raise ValueError(f"{path} was recorded on {recorded}, not on {env_id}.")
+            raise ValueError(
+                f"{path} was recorded on {recorded}, not on {env_id}, as "
+                f"{'its name says: rename it if that is wrong' if named else 'it says itself'}."
+            )
     returns = np.add.reduceat(
         columns["reward"].astype(np.float64), np.cumsum(lengths + 1) - lengths - 1
     )
@@ -122,7 +126,7 @@ def recognise(path: Path) -> tuple[Path, str]:
     Raises:
         ValueError: nothing there, a half-finished download, or none of the known formats.
     """
-    path = Path(os.path.abspath(path))  # because Path(".") has no name
+    path = absolute(path)
     part = path.with_name(f"{path.name}.part")
     if path.suffix == ".part" or (not path.exists() and part.exists()):
         raise ValueError(f"{path}: a half-finished download: start the same download again.")
@@ -154,11 +158,11 @@ def task_of(path: Path) -> str:
     stored = None
     if kind in ("episodes", "omiga"):
         with open_hdf5(main) as f:
-            stored = f.attrs.get("env_id")
+            stored = text(f.attrs.get("env_id"))
             if kind == "omiga":
                 stored = OMIGA_TASKS.get(f["o"].shape[1:])
-    names = Path(os.path.abspath(path)).parts[:-3:-1]  # of the file and of its folder
-    if task := stored if isinstance(stored, str) else task_in_name(*names):
+    names = absolute(path).parts[:-3:-1]  # of the file and of its folder
+    if task := stored or task_in_name(*names):
         return task
     raise ValueError(f"--dataset {path} does not say its task: give --env-id.")
 
@@ -168,10 +172,11 @@ def task_in_name(*parts: str) -> str | None:
     robots = [f"{robot}-{d}" for robot, all_ in MUJOCO_ROBOTS.items() for d in all_]
     names = {name.lower(): name for name in (*SMAC_MAPS, *robots)} | VAULT_MUJOCO
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    unknown = r"\d+[a-z][a-z0-9]*_vs_\d+[a-z][a-z0-9]*"  # 7m_vs_8m is not a file of 8m
     for part in parts:
-        found = set(re.findall(rf"(?<![a-z0-9])({pattern})(?![a-z0-9])", part.lower()))
-        if len(found) == 1:
-            return names[found.pop()]
+        found = set(re.findall(rf"(?<![a-z0-9])({unknown}|{pattern})(?![a-z0-9])", part.lower()))
+        if found:
+            return names.get(found.pop()) if len(found) == 1 else None
     return None
 
 
@@ -203,7 +208,7 @@ def check_victories(path: Path, columns: dict, lengths: np.ndarray, returns: np.
 
     Raises:
         ValueError: of the episodes that hold about the largest reward of all, three or more, most
-            hold it at the step before the last: the rewards are shifted by a row.
+            hold it at the step before the last, and nothing at the last: the rewards are shifted.
     """
     reward, scale = columns["reward"], SMAC_VICTORY / 2 <= returns.max() < 2 * SMAC_VICTORY
     if columns["avail"] is None or not scale or reward.min() < 0:
@@ -211,7 +216,7 @@ def check_victories(path: Path, columns: dict, lengths: np.ndarray, returns: np.
     first = np.cumsum(lengths + 1) - lengths - 1
     victory = np.maximum.reduceat(reward, first) >= 0.6 * reward.max()
     early = [
-        reward[a : a + length].argmax() == length - 2
+        reward[a : a + length].argmax() == length - 2 and reward[a + length - 1] == 0
         for a, length in zip(first[victory], lengths[victory], strict=True)
     ]
     if len(early) >= 3 and np.mean(early) > 0.5:
@@ -259,7 +264,7 @@ def duplicates(path: Path, sha256: str) -> list[str]:
     """Names of other qualities of the same task, in the same place, that hold the same data."""
 
     def size(p: Path) -> int:
-        return sum(q.stat().st_size for q in ([p] if p.is_file() else p.rglob("*")))
+        return sum(q.stat().st_size for q in ([p] if p.is_file() else p.rglob("*")) if q.is_file())
 
     if path.is_dir():
         beside = [p.parent for p in path.resolve().parent.glob("*/manifest.ocdbt")]

@@ -82,7 +82,8 @@ def open_vault(path: Path) -> tuple[dict, int]:
         raise ValueError(f"{path}: metadata.json is not that of a Vault: {e!r}.") from e
 
     def opened(key: str):
-        base = {"driver": "ocdbt", "base": f"file://{path.resolve()}/", "path": key}
+        files = {"driver": "file", "path": f"{path.resolve()}/"}
+        base = {"driver": "ocdbt", "base": files, "path": key}
         with decoding(path, key):
             return tensorstore.open({"driver": "zarr", "kvstore": base}, read=True).result()
 
@@ -131,6 +132,9 @@ def read_vault(path: Path, env_id: str | None) -> tuple[dict, np.ndarray, dict]:
     def flags(key):
         return finite(path, key, 0, rows(key, 0, total)).reshape(total, -1) != 0
 
+    last = [k for k in range(time - 1, total, time)]  # of each recording
+    if any(not any(rows(k, a, a + 1).any() for k in ("observations", "infos.state")) for a in last):
+        raise ValueError(f"{path}: its index counts {time} rows, of which the last are empty.")
     over = flags("terminals")
     terminal = over.all(-1)  # an episode has ended once all agents have; cut if one was only cut
     ends = (over | flags("truncations")).all(-1)

@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 
 DEFLATE = 1032  # the most that gzip can shrink anything
+SHRUNK = 200  # the most that recorded episodes are believed to shrink
 MUCH = 2**26  # bytes, below which nobody minds
 LARGEST = 1e18  # whose square float32 still holds
 BLOCK = 8 * 2**20  # bytes read at a time, the memory a reader needs beyond its result
@@ -31,7 +32,7 @@ def blocks(count: int, row_bytes: int, chunk: int = 1) -> Iterator[tuple[int, in
     They begin at the borders of chunks (rows that are compressed together) unless chunks are huge.
     """
     step = max(1, BLOCK // max(1, row_bytes))
-    if step >= chunk or chunk * row_bytes <= 4 * BLOCK:  # so that no chunk is decoded twice
+    if step >= chunk or chunk * row_bytes <= 64 * BLOCK:  # so that no chunk is decoded twice
         step = max(1, step // chunk) * chunk
     for a in range(0, count, step):
         yield a, min(a + step, count)
@@ -72,7 +73,7 @@ def check_room(path: Path, columns: dict[str, tuple]) -> None:
     """
     rows, need = max(columns.values())[0], 4 * sum(map(math.prod, columns.values()))
     stored = sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")))
-    if need > max(MUCH, 4 * DEFLATE * stored):  # a byte becomes a float32
+    if need > max(MUCH, SHRUNK * stored):
         raise ValueError(f"{path}: {stored:,} bytes cannot hold the {rows:,} rows that it claims.")
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have:
@@ -90,7 +91,8 @@ def finite(path: Path, key: str, first: int, x: np.ndarray, where: Callable | No
     Raises:
         ValueError: NaN, infinity, or a number that is too large to compute with.
     """
-    wrong = ~(np.abs(x) <= LARGEST)  # NaN compares false
+    wide = x.astype(np.promote_types(x.dtype, np.float32), copy=False)  # float16 ends at 65504
+    wrong = ~(np.abs(wide) <= LARGEST)  # NaN compares false
     if wrong.any():
         i = int(np.argwhere(wrong)[0][0])
         row = where(i) if where else f"row {first + i}"

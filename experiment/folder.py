@@ -11,18 +11,25 @@ from datasets import lock, make_folder, remove_parts
 
 HEADER = "phase,update,metric,value\n"
 ROW = re.compile(r"(\w+),(\d+),[\w/.-]+,(-?\d[\d.e+-]*|-?inf|nan)\n")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 OWNED: list[Path] = []  # folders of this process's runs, in the order in which they began
 
 
-def own(folder: Path) -> None:
+def own(folder: Path, files: tuple[str, ...]) -> None:
     """Make this process the only one that writes to a run's folder, until it ends.
 
+    Args:
+        files: patterns of what a run writes and replaces.
     Raises:
-        ValueError: another process owns it. OSError: it cannot be written.
+        ValueError: another process owns it, or it holds such files of something else than a run.
+        OSError: it cannot be written.
     """
     if folder.resolve() in map(Path.resolve, OWNED):
         return
     make_folder(folder)
+    present = [path for pattern in files for path in folder.glob(pattern)]
+    if present and not (folder / ".lock").exists() and not is_run(folder):
+        raise ValueError(f"{present[0]} is there, but {folder} is no run's folder: name another.")
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # open until the process ends
     if not lock(file):
         os.close(file)
@@ -31,7 +38,16 @@ def own(folder: Path) -> None:
             "another --out."
         )
     OWNED.append(folder)
-    remove_parts(folder)
+    for name in files:
+        remove_parts(folder, name)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder's checkpoint is one of this program."""
+    try:
+        return "learner" in read_checkpoint(folder / "checkpoint.pt")
+    except ValueError:
+        return False
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
@@ -42,6 +58,8 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         ValueError: not a checkpoint, or damaged.
     """
     try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError("it is not a file")
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not have its checksum")
@@ -66,10 +84,13 @@ def take(path: Path, state: dict, parts: dict) -> None:
             if isinstance(part, torch.Generator):
                 part.set_state(state[name].cpu())
                 continue
+            fresh = part.state_dict()  # of D_m without its rows
+            require(same_kind({k: state[name].get(k) for k in fresh}, fresh), name)
             part.load_state_dict(state[name])
-            for optimizer in optimizers(part):  # torch does not compare their shapes
+            for optimizer in optimizers(part):  # torch does not compare what it remembers
                 for p, values in optimizer.state.items():
-                    require(all(x.shape in ((), p.shape) for x in values.values()), name)
+                    shapes = {k: x.shape for k, x in values.items()}
+                    require(shapes == {"step": (), **dict.fromkeys(MOMENTS, p.shape)}, name)
     except Exception as e:  # every part has its own way to say that a state does not fit
         what = " ".join(str(e).split())[:300]
         raise ValueError(
@@ -84,11 +105,19 @@ def require(condition: bool, what: str) -> None:
 
 
 def same_kind(x, other) -> bool:
-    """Whether both are of one type, and dicts of the same keys and kinds of values."""
-    if isinstance(other, dict):
-        return isinstance(x, dict) and list(x) == list(other) and all(
-            same_kind(x[k], other[k]) for k in other
-        )  # fmt: skip
+    """Whether `x` could stand where `other` does: numbers, tensors of its shape, dicts and lists of
+    such; but the steps that an optimiser remembers are not yet in a fresh one's state.
+    """
+    if isinstance(other, dict) and isinstance(x, dict):
+        if other.keys() == {"state", "param_groups"}:
+            x, other = ({"param_groups": d.get("param_groups")} for d in (x, other))
+        return x.keys() == other.keys() and all(same_kind(x[k], other[k]) for k in other)
+    if isinstance(other, list | tuple) and isinstance(x, list | tuple):
+        return len(x) == len(other) and all(map(same_kind, x, other))
+    if isinstance(other, torch.Tensor) and isinstance(x, torch.Tensor):
+        return x.shape == other.shape and x.dtype == other.dtype
+    if type(other) in (int, float):
+        return type(x) in (int, float)
     return type(x) is type(other)
 
 
@@ -106,7 +135,7 @@ def read_metrics(path: Path, done: dict[str, int]) -> str:
     Raises:
         ValueError: a row is damaged; the last one may be cut, where the run was killed.
     """
-    rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    rows = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
     if rows and not rows[-1].endswith("\n"):
         rows.pop()
     kept = [HEADER]

@@ -17,7 +17,7 @@ import envs
 from buffer import OfflineDataset
 from experiment.diagnostics import replay, uncertainty_and_error
 from experiment.folder import read_checkpoint
-from experiment.watch import gif
+from experiment.watch import check_picture, gif
 from logo_wm import LogoWM
 from simulators.battle import INK, font
 
@@ -38,6 +38,7 @@ def watch_imagined(run: Path, steps: int, out: Path | None = None, seed: int = 0
     """
     if steps < 1:
         raise ValueError(f"--steps is {steps}: give 1 or more.")
+    check_picture(out)
     stored = read_checkpoint(run / "checkpoint.pt")
     try:
         args, backend, weights = stored["args"], stored["backend"], stored["world_model"]

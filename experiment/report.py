@@ -224,18 +224,21 @@ def read_final(path: Path) -> tuple[str, dict]:
         ValueError: it is not a finished run.
     """
     file = path / "final.json" if path.is_dir() else path
-    if not file.exists():
+    if not file.is_file():
         why = "has no final.json (not finished yet?)" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {why}: give folders of finished runs, or their final.json.")
     try:
         run = json.loads(file.read_text())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} is not JSON: {e}.") from e
     needed = ("backend", "dataset", "eval", "clone", "world_model")
     if missing := [k for k in needed if not isinstance(run, dict) or k not in run]:
         raise ValueError(f"{file} is not the final.json of a run: no {', '.join(missing)} in it.")
     if wrong := [part for part, keys in NUMBERS.items() if not has_numbers(run[part], keys)]:
         raise ValueError(f"{file} is damaged: {wrong[0]} lacks a number, or holds something else.")
+    named = isinstance(run["backend"], str) and isinstance(run.get("method", ""), str)
+    if not named or run["dataset"] is None or (run["clone"] is None) != (run["eval"] is None):
+        raise ValueError(f"{file} is damaged: backend, method, dataset, eval or clone is missing.")
     folder = file.absolute().parent
     name = folder.name if file.name == "final.json" else file.stem
     if re.fullmatch(r"seed\d+", name):  # --out FOLDER/seed1: the folder says what it is
@@ -245,10 +248,10 @@ def read_final(path: Path) -> tuple[str, dict]:
 
 def has_numbers(part, keys: tuple[str, ...]) -> bool:
     """Whether a part of final.json has numbers of these names; null stands for a missing one."""
-    if part is None:
-        return True
-    found = [part.get(k, "") for k in keys] if isinstance(part, dict) else [""]
-    return all(isinstance(x, int | float | None) for x in found)
+    if not isinstance(part, dict):
+        return part is None
+    found = [part.get(k, "") for k in keys or part if k != "rollout"]
+    return all(x is None or isinstance(x, int | float) and abs(x) < 1e300 for x in found)
 
 
 def compare(paths: list[Path]) -> str:

@@ -20,6 +20,7 @@ import behaviour
 import envs
 from buffer import OfflineDataset
 from datasets import check_writable
+from datasets.files import absolute
 from logo_wm import LogoWM
 from macql import Actor, Critic
 from simulators import starcraft
@@ -52,6 +53,8 @@ def check_args(args) -> None:
         at_least = 0 if name in MAY_BE_ZERO else 1
         if type(value) is int and not at_least <= value <= MOST:
             raise ValueError(f"{flag}: give {at_least} to {MOST:,}.")
+    if args.out == Path():
+        raise ValueError("--out is the current folder: name a folder for the run alone.")
     if not TASK.fullmatch(args.env_id):
         raise ValueError(f"--env-id is {args.env_id!r}: give a task's name, such as 3s_vs_5z.")
     if args.threads > (cores := os.cpu_count()):
@@ -159,7 +162,7 @@ def commit() -> str:
 def find_dataset(args) -> Path:
     """The file of --dataset, or our recording of this task and quality, made at first use."""
     path = args.dataset or behaviour.load_or_record(args.env_id, args.quality, args.episodes)
-    return Path(os.path.relpath(path))  # results are shared: no folders above this one
+    return Path(os.path.relpath(absolute(path)))  # results are shared: no folders above this one
 
 
 def choose_simulator(args, data: OfflineDataset, metadata: dict):

@@ -77,7 +77,7 @@ class Run:
         """
         self.parts = parts
         print(f"run {self.folder}")
-        own(self.folder)
+        own(self.folder, FILES)
         resume = self.args.resume and (self.folder / "checkpoint.pt").exists()
         if resume:
             self.load()
@@ -246,6 +246,10 @@ class Run:
                 require(same_kind(state[name], getattr(self, name)), f"{path}: {name}")
                 setattr(self, name, state[name])
             totals = (self.args.updates, self.args.wm_updates, self.args.updates)
+            one = {"update": 0, "return_mean": 0.0, "return_ci95": 0.0, "episodes": 0}
+            for x in self.evaluations:
+                numbers = isinstance(x, dict) and {k: v for k, v in x.items() if k != "win_rate"}
+                require(same_kind(numbers, one), f"{path}: evaluations")
             for done, total in zip(self.progress.values(), totals, strict=True):
                 require(0 <= done <= total, f"{path}: progress")
         except ValueError as e:

@@ -41,6 +41,7 @@ def watch(run: Path, episodes: int = 1, out: Path | None = None, seed: int = 0) 
     """
     if episodes < 1:
         raise ValueError(f"--episodes is {episodes}: give 1 or more.")
+    check_picture(out)
     stored = read_policy(run)
     env_id = stored["args"]["env_id"]
     if stored["backend"] == "offline":
@@ -59,6 +60,12 @@ def watch(run: Path, episodes: int = 1, out: Path | None = None, seed: int = 0) 
     return path
 
 
+def check_picture(out: Path | None) -> None:
+    """Raise a ValueError if a file that is no picture would be replaced."""
+    if out and out.exists() and out.read_bytes()[:3] != b"GIF":
+        raise ValueError(f"{out} exists and is no GIF: name another file.")
+
+
 def read_policy(run: Path) -> dict:
     """What is needed of RUN/checkpoint.pt: args (the flags), backend, weights (of `ema_actor`).
 
@@ -71,6 +78,9 @@ def read_policy(run: Path) -> dict:
         raise ValueError(f"{run} {what}: give the folder that train.py printed, after its start.")
     stored = read_checkpoint(path)
     try:
+        kinds = {"env_id": str, "hidden": int, "shared_actor": bool}
+        if wrong := [k for k, kind in kinds.items() if type(stored["args"][k]) is not kind]:
+            raise KeyError(f"{wrong[0]}: another type")
         return {
             "args": {k: stored["args"][k] for k in ("env_id", "hidden", "shared_actor")},
             "backend": stored["backend"],

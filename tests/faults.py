@@ -337,13 +337,13 @@ def damage_json(path: Path, rng) -> None:
     path.write_bytes(text.encode("latin-1"))
 
 
-def overcount(main: Path, rng) -> None:
+def overcount(main: Path, rng, count: int | None = None) -> None:
     """Let a Vault claim more rows than were written to it."""
     import tensorstore
 
     base = {"driver": "ocdbt", "base": f"file://{main}/", "path": "vault_index"}
     index = tensorstore.open({"driver": "zarr", "kvstore": base}).result()
-    index.write(np.array([10 ** int(rng.integers(3, 10))], np.int32)).result()
+    index.write(np.array([count or 10 ** int(rng.integers(3, 10))], np.int32)).result()
 
 
 def damage_file(base: str, folder: Path, rng) -> str:
@@ -463,9 +463,9 @@ def damage_state(state: dict, rng) -> tuple[object, str]:
     """Another content of a checkpoint: an entry gone, of another shape or type, or no dict."""
 
     def leaves(tree, path=()):
-        for k, v in tree.items():
+        for k, v in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield (*path, k)
-            if isinstance(v, dict):
+            if isinstance(v, dict | list):
                 yield from leaves(v, (*path, k))
 
     path = list(leaves(state))[rng.integers(sum(1 for _ in leaves(state)))]
@@ -485,13 +485,32 @@ def damage_state(state: dict, rng) -> tuple[object, str]:
     return state, f"text for {path}"
 
 
+def stop_in_the_middle(flags: list[str], run: Path) -> None:
+    """Leave the checkpoint of a run that was interrupted while it trained its world model."""
+    done, descend = [], train.descend
+
+    def interrupted(*arguments):
+        done.append(1)
+        if len(done) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        descend(*arguments)
+
+    train.descend = interrupted
+    try:
+        assert command(*flags, "--out", str(run))[0] == 128 + signal.SIGTERM
+    finally:
+        train.descend = descend
+
+
 def checkpoint_case(seed: int, work: Path) -> tuple[str, str]:
     rng, data, run = np.random.default_rng((2, seed)), work / "toy.h5", work / "run"
     flags = [*TINY, "--dataset", str(data)]
     if not data.exists():
         datasets.save_episodes(data, battles(), {"env_id": "toy"})
-        assert command(*flags, "--out", str(run))[0] == 0
-    whole = json.loads((run / "final.json").read_text())
+        stop_in_the_middle(flags, run)
+        shutil.copytree(run, work / "whole")
+        assert command(*flags, "--out", str(work / "whole"), "--resume")[0] == 0
+    whole = json.loads((work / "whole" / "final.json").read_text())
     damaged = work / f"damaged{seed}"
     shutil.copytree(run, damaged, ignore=shutil.ignore_patterns(".lock", "final.json"))
     checkpoint = damaged / "checkpoint.pt"

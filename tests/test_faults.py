@@ -27,6 +27,9 @@ import train
 from behaviour import record, weights
 from behaviour.policy import Policy
 from datasets.files import Target
+from datasets.load import task_in_name
+from experiment.folder import read_checkpoint
+from experiment.report import read_final
 from simulators.mamujoco import partition
 
 HOLD = """
@@ -297,6 +300,134 @@ def test_a_damaged_behaviour_policy_is_refused(tmp_path, monkeypatch, damage):
     ) as told:
         weights.load_policies("Hopper-3x1", envs.make("Hopper-3x1").spec)
     assert "\n" not in str(told.value)
+
+
+# ---------------------------------------------------------------------- found by trying to break it
+
+
+def test_infinity_in_half_precision_is_refused(tmp_path):
+    arrays = faults.battles()
+    arrays |= {k: arrays[k].astype(np.float16) for k in ("obs", "state", "reward")}
+    datasets.read_episodes(write_h5(tmp_path / "half.h5", arrays))
+    arrays["obs"][0, 0, 0, 0] = np.inf
+    with pytest.raises(ValueError, match="key obs, episode 0: NaN, infinity"):
+        datasets.read_episodes(write_h5(tmp_path / "x.h5", arrays))
+
+
+def test_paths_are_followed_as_the_system_does(tmp_path, monkeypatch):
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name / "c").mkdir(parents=True)
+        write_h5(tmp_path / name / "d.h5", faults.battles(seed))
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "b" / "c")
+    columns, _, _ = datasets.read_episodes(tmp_path / "a" / "link" / ".." / "d.h5")
+    assert np.array_equal(columns["state"][0], faults.battles(1)["state"][0, 0])
+
+
+def test_a_vault_s_path_is_no_address(tmp_path):
+    for name, seed in (("x y.vlt", 0), ("x%20y.vlt", 1), ("v#1?.vlt", 2)):
+        write_vault(tmp_path / "plain" / "Good", smac_steps(seed), spare=50)
+        (tmp_path / "plain").rename(tmp_path / name)
+    for name, seed in (("x%20y.vlt", 1), ("v#1?.vlt", 2)):
+        columns, _, _ = datasets.read_episodes(tmp_path / name / "Good")
+        assert np.array_equal(columns["state"][0], smac_steps(seed)["infos.state"][0, 0])
+
+
+def test_rows_that_a_vault_never_wrote_are_no_data(tmp_path):
+    path, arrays = tmp_path / "a.vlt" / "x", smac_steps()
+    del arrays["infos.legals"]
+    arrays["actions"] = np.random.default_rng(0).uniform(-1, 1, (1, 12, 2, 3)).astype(np.float32)
+    datasets.read_episodes(write_vault(path, arrays))
+    faults.overcount(path, np.random.default_rng(0), count=40)
+    with pytest.raises(ValueError, match="its index counts 40 rows, of which the last are empty"):
+        datasets.read_episodes(path)
+
+
+@pytest.mark.parametrize("name, env_id, accepted", [
+    ("7m_vs_8m.h5", "7m_vs_8m", True), ("odis_7m_vs_8m_medium.h5", "7m_vs_8m", True),
+    ("3m_hard.h5", "3m_hard", True), ("8m_vs_9m.h5", "8m", False), ("5m_vs_6m.h5", "6m", False),
+    ("recorded.h5", "anything", True), ("Ant-2x4.h5", "Ant-4x2", False),
+])  # fmt: skip
+def test_a_name_refuses_only_what_it_contradicts(tmp_path, name, env_id, accepted):
+    path = write_h5(tmp_path / name, faults.battles())
+    if accepted:
+        assert datasets.read_episodes(path, env_id)[2]["env_id"] == env_id
+    else:
+        with pytest.raises(ValueError, match="as its name says: rename it if that is wrong"):
+            datasets.read_episodes(path, env_id)
+
+
+def test_unknown_maps_are_not_taken_for_known_ones():
+    assert [task_in_name(x) for x in ("7m_vs_8m", "8m", "x_8m_y", "28m", "3s_vs_5z-medium")] == [
+        None, "8m", "8m", None, "3s_vs_5z",
+    ]  # fmt: skip
+
+
+def test_a_task_stored_as_bytes_counts(tmp_path):
+    path = write_h5(tmp_path / "x.h5", faults.battles())
+    with h5py.File(path, "r+") as f:
+        f.attrs["env_id"] = np.bytes_(b"8m")
+    with pytest.raises(ValueError, match="was recorded on 8m, not on 3m, as it says itself"):
+        datasets.read_episodes(path, "3m")
+
+
+def test_a_large_reward_before_the_victory_is_no_shift(tmp_path):
+    arrays = faults.battles()
+    last = arrays["filled"][..., 0].sum(1) - 2
+    arrays["reward"][:] = 0
+    arrays["reward"][np.arange(6), last - 1] = 9.0  # many die at once, ...
+    arrays["reward"][np.arange(6), last] = 5.0  # ... and victory pays less
+    datasets.read_episodes(write_h5(tmp_path / "x.h5", arrays))
+
+
+def test_a_link_within_the_file_is_followed(tmp_path):
+    path = write_h5(tmp_path / "x.h5", faults.battles())
+    with h5py.File(path, "r+") as f:
+        f["legal"] = h5py.SoftLink("/avail_actions")
+    datasets.read_episodes(path)
+
+
+def test_a_broken_neighbour_does_not_matter(tmp_path):
+    path = write_vault(tmp_path / "a.vlt" / "Good", smac_steps())
+    write_vault(tmp_path / "a.vlt" / "Poor", smac_steps(1))
+    (tmp_path / "a.vlt" / "Poor" / "gone").symlink_to("/nowhere")
+    datasets.read_episodes(path)
+
+
+def test_files_of_others_are_not_replaced(toy, tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "metrics.csv").write_text("years of work")
+    flags = [*faults.TINY, "--dataset", str(toy)]
+    assert "is no run's folder: name another" in faults.command(*flags, "--out", str(mine))[0]
+    monkeypatch.chdir(mine)
+    assert "--out is the current folder" in faults.command(*flags, "--out", "")[0]
+    assert {p.name for p in mine.iterdir()} == {"metrics.csv"}
+    before = toy.read_bytes()
+    for out in (toy, mine / "metrics.csv"):
+        with pytest.raises(ValueError, match="is the source or no dataset: name another file"):
+            datasets.convert(toy, out)
+    assert toy.read_bytes() == before
+
+
+def test_writers_of_one_file_do_not_hinder_each_other(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
+        "from datasets.files import check_writable, write_atomic\n"
+        "for _ in range(200):\n    check_writable(Path('x'))\n    write_atomic(Path('x'), b'1' * 9)"
+    )
+    line = [sys.executable, "-c", code, str(faults.ROOT)]
+    both = [subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [p.communicate()[1] for p in both] == [b"", b""]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_pipes_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint.pt", "final.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="is no checkpoint of this program"):
+        read_checkpoint(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="has no final.json"):
+        read_final(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- flags
