@@ -15,11 +15,15 @@ import argparse
 import copy
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":  # Ctrl-C during the seconds of the imports ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import tyro

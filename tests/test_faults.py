@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -177,6 +178,15 @@ def test_a_signal_saves_and_says_how_to_go_on(toy, tmp_path, monkeypatch, number
     monkeypatch.setattr(train, "descend", descend)
     assert faults.command(*shlex.split(told[2])[2:])[0] == 0
     assert faults.content(run) == faults.content(tmp_path / "whole")
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback():
+    line = [sys.executable, str(faults.ROOT / "train.py")]
+    with subprocess.Popen(line, stderr=subprocess.PIPE) as process:
+        time.sleep(0.7)
+        process.send_signal(signal.SIGINT)
+        assert b"Traceback" not in process.communicate()[1]
+        assert process.returncode == -signal.SIGINT
 
 
 def test_a_second_signal_ends_at_once(toy, tmp_path, monkeypatch):
