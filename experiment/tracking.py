@@ -242,8 +242,10 @@ class Run:
                 raise ValueError(f"{path} holds no {', '.join(sorted(missing))}: delete it.")
             self._check_identity(path, state)
             take(path, state, self.parts)
+            require(isinstance(state["evaluations"], list), f"{path}: evaluations")
             for name in COUNTERS:
-                require(same_kind(state[name], getattr(self, name)), f"{path}: {name}")
+                mine = state[name] if name == "evaluations" else getattr(self, name)
+                require(same_kind(state[name], mine), f"{path}: {name}")
                 setattr(self, name, state[name])
             totals = (self.args.updates, self.args.wm_updates, self.args.updates)
             one = {"update": 0, "return_mean": 0.0, "return_ci95": 0.0, "episodes": 0}
