@@ -150,12 +150,12 @@ def gif(films: list[list[np.ndarray]], milliseconds: int = MILLISECONDS) -> byte
     """
     frames = [Image.fromarray(frame) for film in films for frame in film]
     shown = [t for film in films for t in (*[milliseconds] * (len(film) - 1), LAST)]
-    some = frames[:: -(-len(frames) // 8)]  # at most eight frames, one below the other, ...
+    some = frames[:: -(-len(frames) // 16)]  # at most sixteen frames, one below the other, ...
     width, height = frames[0].size
     sample = Image.new("RGB", (width, height * len(some)))
     for k, image in enumerate(some):
         sample.paste(image, (0, k * height))
-    palette = sample.quantize(COLOURS)  # ... decide the palette
+    palette = sample.quantize(COLOURS, Image.Quantize.MAXCOVERAGE)  # ... decide the palette
     flat = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in frames]
     memory = io.BytesIO()
     flat[0].save(memory, "GIF", save_all=True, append_images=flat[1:], duration=shown, loop=0)
