@@ -201,6 +201,7 @@ class MamujocoEnv:
         The robot stands where its velocities have brought it from the first state on.
         """
         robot, films = self.robots[0].unwrapped, []
+        self.robots[0].reset()  # without it Gymnasium does not draw
         for states in sequences:
             positions, velocities = self.inside(states)
             speed = velocities[:, : self.ground]
