@@ -33,10 +33,11 @@ from behaviour import Quality, default_episodes
 from buffer import OfflineDataset, SyntheticBuffer, mix
 from datasets import load_dataset, one_sentence, task_of
 from envs import evaluate
-from experiment import report, setup, tracking
+from experiment import report, setup
 from experiment.diagnostics import returns_to_go
 from experiment.folder import OWNED
 from experiment.stopping import saying_how_to_go_on
+from experiment.tracking import Run
 from logo_wm import LogoWM
 from macql import MACQL, Actor, Critic, descend, linear_decay, policy_loss
 
@@ -274,7 +275,7 @@ def main(
                 mode = "reduce-overhead" if graph else "default"
                 setattr(part, name, torch.compile(getattr(part, name), mode=mode))
 
-    run = tracking.Run(args, spec, metadata, device, method, started)
+    run = Run(args, spec, metadata, device, method, started)
     run.start(**state)  # afresh, or with --resume from the checkpoint
 
     # Phase 0, ours: behaviour cloning with as many updates as the policy gets

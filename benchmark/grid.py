@@ -39,9 +39,7 @@ ORACLES = {  # name -> flags of benchmark/oracle.py: what D_m is filled with
 GIVEN = ["--env-id", "--quality", "--seed", "--out", "--resume"]  # by the grid, to every run
 # flags that have a column of their own, or that do not change what is computed
 NOT_IN_VARIANT = (*MAY_DIFFER, "env_id", "quality", "dataset", "backend", "seed", "paper")
-
-
-RUNNING: list[subprocess.Popen] = []
+RUNNING: list[subprocess.Popen] = []  # the runs' processes, to pass an interrupt on to them
 
 
 class Run(NamedTuple):
@@ -174,7 +172,8 @@ def grid(
             if failure := task.result():
                 failures.append(failure)
                 tqdm.write(failure)
-    except KeyboardInterrupt:  # the runs save and end, and those that have not begun do not begin
+    except KeyboardInterrupt:  # no further run begins, and those that run save and end
+        pool.shutdown(wait=False, cancel_futures=True)
         for process in [*RUNNING]:
             process.terminate()
         raise

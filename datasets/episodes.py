@@ -147,7 +147,8 @@ def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarr
         ValueError: with the file, the key and the episode of what is wrong.
     """
     keys, width = check_episode_keys(path, f)
-    check_room(path, {k: (*f[k].shape, 2) for k in ("filled", "reward", "terminated")})
+    whole = ("filled", "reward", "terminated")  # these are read at once, padding and all
+    check_room(path, {k: f[k].shape for k in whole})
     filled = f["filled"][:].reshape(f["filled"].shape[:2]) != 0  # (E,T+1)
     repaired = add_final_rows(path, f, filled)
     lengths = filled.sum(1) - 1

@@ -166,8 +166,8 @@ def lock(file: int) -> bool:
     return True
 
 
-def remove_parts(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes have left unfinished of the file `name` (or of any) here."""
+def remove_parts(folder: Path, name: str) -> None:
+    """Remove what killed processes have left unfinished of the file `name` (or a pattern) here."""
     for part in folder.glob(f".{name}.*.part"):
         with contextlib.suppress(FileNotFoundError), part.open("rb") as f:
             if lock(f.fileno()):  # nobody is writing it

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-DEFLATE = 1032  # the most that gzip can shrink anything
 SHRUNK = 200  # the most that recorded episodes are believed to shrink
 MUCH = 2**26  # bytes, below which nobody minds
 LARGEST = 1e18  # whose square float32 still holds
@@ -59,7 +58,7 @@ def numbers(path: Path, key: str, array) -> None:
         if array.chunks:
             wanted = math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True))
             whole = array.id.get_num_chunks() == wanted
-            whole &= array.nbytes <= max(DEFLATE * stored, MUCH)
+            whole &= array.nbytes <= max(SHRUNK * stored, MUCH)
         if not whole:
             raise ValueError(
                 f"{path}: key {key} was not written completely: {stored:,} bytes are stored of an "
