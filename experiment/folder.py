@@ -11,7 +11,6 @@ from datasets import lock, make_folder, remove_parts
 
 HEADER = "phase,update,metric,value\n"
 ROW = re.compile(r"(\w+),(\d+),[\w/.-]+,(-?\d[\d.e+-]*|-?inf|nan)\n")
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 OWNED: list[Path] = []  # folders of this process's runs, in the order in which they began
 
 
@@ -87,10 +86,10 @@ def take(path: Path, state: dict, parts: dict) -> None:
             fresh = part.state_dict()  # of D_m without its rows
             require(same_kind({k: state[name].get(k) for k in fresh}, fresh), name)
             part.load_state_dict(state[name])
-            for optimizer in optimizers(part):  # torch does not compare what it remembers
-                for p, values in optimizer.state.items():
-                    shapes = {k: x.shape for k, x in values.items()}
-                    require(shapes == {"step": (), **dict.fromkeys(MOMENTS, p.shape)}, name)
+            for adam in adams(part):  # torch does not compare what it remembers
+                for p, values in adam.state.items():
+                    moments = [values[k].shape for k in ("exp_avg", "exp_avg_sq")]
+                    require(moments == [p.shape] * 2 and values["step"].shape == (), name)
     except Exception as e:  # every part has its own way to say that a state does not fit
         what = " ".join(str(e).split())[:300]
         raise ValueError(
@@ -121,10 +120,10 @@ def same_kind(x, other) -> bool:
     return type(x) is type(other)
 
 
-def optimizers(part) -> list[torch.optim.Optimizer]:
+def adams(part) -> list[torch.optim.Adam | torch.optim.AdamW]:
     """Those among a checkpoint's parts: the part itself, or attributes of it."""
     inside = vars(part).values() if hasattr(part, "__dict__") else ()
-    return [x for x in (part, *inside) if isinstance(x, torch.optim.Optimizer)]
+    return [x for x in (part, *inside) if isinstance(x, torch.optim.Adam | torch.optim.AdamW)]
 
 
 def read_metrics(path: Path, done: dict[str, int]) -> str:

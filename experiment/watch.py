@@ -62,7 +62,7 @@ def watch(run: Path, episodes: int = 1, out: Path | None = None, seed: int = 0) 
 
 def check_picture(out: Path | None) -> None:
     """Raise a ValueError if a file that is no picture would be replaced."""
-    if out and out.exists() and out.read_bytes()[:3] != b"GIF":
+    if out and out.exists() and not out.read_bytes().startswith(b"GIF"):
         raise ValueError(f"{out} exists and is no GIF: name another file.")
 
 

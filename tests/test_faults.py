@@ -29,7 +29,7 @@ from behaviour import record, weights
 from behaviour.policy import Policy
 from datasets.files import Target
 from datasets.load import task_in_name
-from experiment.folder import read_checkpoint
+from experiment.folder import read_checkpoint, same_kind, take
 from experiment.report import read_final
 from simulators.mamujoco import partition
 
@@ -429,6 +429,27 @@ def test_writers_of_one_file_do_not_hinder_each_other(tmp_path):
     both = [subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(2)]
     assert [p.communicate()[1] for p in both] == [b"", b""]
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("kind", ["SGD", "RMSprop", "Adam", "AdamW"])
+def test_a_learner_may_have_any_optimiser(kind):
+    """And of Adam's memory nothing may be missing, which torch would notice at the next step."""
+
+    def made():
+        layer = torch.nn.Linear(2, 3)
+        return layer, getattr(torch.optim, kind)(layer.parameters(), lr=0.1, **options)
+
+    options = {"momentum": 0.9} if kind == "SGD" else {}
+    layer, trained = made()
+    layer(torch.ones(2)).sum().backward()
+    trained.step()
+    state, fresh = trained.state_dict(), made()[1]
+    take(Path("x"), {"optimizer": state}, {"optimizer": fresh})
+    assert same_kind(fresh.state_dict()["state"], state["state"])
+    if kind.startswith("Adam"):
+        del state["state"][0]["exp_avg"]
+        with pytest.raises(ValueError, match="x does not fit this run"):
+            take(Path("x"), {"optimizer": state}, {"optimizer": made()[1]})
 
 
 def test_pipes_are_no_checkpoints(tmp_path):
