@@ -110,20 +110,25 @@ def test_targets_lie_within_the_returns_of_the_data():
 # --------------------------------------------------------------------------------- torch.compile
 
 
-def trained(discrete: bool, backend: str | None, updates: int = 20) -> tuple[dict, list]:
+def trained(
+    discrete: bool, backend: str | None, updates: int = 20, device: str = "cpu"
+) -> tuple[dict, list]:
     """State and metrics after training as in train.main, compiled or not."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    data, spec = make_data(discrete)
+    data, spec = make_data(discrete, device)
     args = train.Args(hidden=8, updates=updates, wm_updates=updates)
     model, learner = (f(args, spec, data) for f in (train.make_world_model, train.make_learner))
     for part in (model, learner) if backend else ():
         for name in part.compilable:
-            setattr(part, name, torch.compile(getattr(part, name), backend=backend))
+            mode = "reduce-overhead" if device == "cuda" and name != "step" else None
+            compiled = torch.compile(getattr(part, name), backend=backend, mode=mode)
+            setattr(part, name, compiled)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    model_data = SyntheticBuffer(2, 3, 8, *spec[2:6], "cpu", discrete)
-    rng, noted = torch.Generator().manual_seed(0), []
+    model_data = SyntheticBuffer(2, 3, 8, *spec[2:6], device, discrete)
+    rng, noted = torch.Generator(device).manual_seed(0), []
     for k in range(updates):
+        torch.compiler.cudagraph_mark_step_begin()
         loss, metrics = model.loss(data.sample(16, rng))
         macql.descend(optimizer, loss)
         if k % 5 == 0:

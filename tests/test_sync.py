@@ -43,7 +43,7 @@ def one_hot_as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(F, "one_hot", one_hot)
 
 
-def make_data(discrete: bool) -> tuple[OfflineDataset, envs.Spec]:
+def make_data(discrete: bool, device: str = "cpu") -> tuple[OfflineDataset, envs.Spec]:
     rows = EPISODES * (STEPS + 1)
     actions = torch.rand(rows, N, A) * 2 - 1
     if discrete:
@@ -52,7 +52,9 @@ def make_data(discrete: bool) -> tuple[OfflineDataset, envs.Spec]:
     obs, state, reward = (torch.randn(rows, *size) for size in ((N, OBS), (S,), ()))
     obs[::3, :, 0], state[::2, 1] = 0.0, 0.0  # columns that are often 0
     terminated = (torch.arange(rows) % (STEPS + 1) == STEPS - 1).float()
-    data = OfflineDataset(obs, state, actions, avail, reward, terminated, [STEPS] * EPISODES)
+    columns = (obs, state, actions, avail, reward, terminated)
+    columns = (None if x is None else x.to(device) for x in columns)
+    data = OfflineDataset(*columns, [STEPS] * EPISODES)
     return data, envs.Spec("none", "offline", N, OBS, S, A, discrete, STEPS)
 
 
