@@ -174,9 +174,9 @@ PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": F
          "bc_lambda": 1.0}  # fmt: skip
 
 
-def defaults(env_id: str, paper: bool = False) -> Args:
+def defaults(env_id: str, paper: bool = False, kind: type[Args] = Args) -> Args:
     """The flags' defaults for a task: other ones for continuous actions and with --paper."""
-    args = Args(env_id=env_id, paper=paper, episodes=default_episodes(env_id))
+    args = kind(env_id=env_id, paper=paper, episodes=default_episodes(env_id))
     continuous = CONTINUOUS if envs.is_robot(env_id) else {}
     return dataclasses.replace(args, **(continuous | (PAPER if paper else {})))
 
@@ -329,11 +329,14 @@ def main(
     return report.finish(run, data, env, learner, bc_actor, world_model if n_synthetic else None)
 
 
-def parse(argv: list[str] | None = None) -> Args:
+def parse(argv: list[str] | None = None, kind: type[Args] = Args, **about) -> Args:
     """The flags of a command line; without one, those of this process.
 
     --env-id and --paper are read first, because they choose the defaults of the others. Without
     --env-id the task of a --dataset is the one that the dataset names.
+
+    Args:
+        kind: Args, or a baseline's flags. about: `prog` and `description` of its --help.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", "--env_id")
@@ -342,8 +345,9 @@ def parse(argv: list[str] | None = None) -> Args:
     known = first.parse_known_args(argv)[0]
     if known.env_id is None:
         known.env_id = task_of(known.dataset) if known.dataset else Args.env_id
-    default = defaults(known.env_id, known.paper)
-    return tyro.cli(Args, prog="train.py", description=__doc__, args=argv, default=default)
+    default = defaults(known.env_id, known.paper, kind)
+    about = {"prog": "train.py", "description": __doc__} | about
+    return tyro.cli(kind, args=argv, default=default, **about)
 
 
 def cli(argv: list[str] | None = None, **parts) -> dict:

@@ -107,7 +107,8 @@ def finish(run: Run, results: Path) -> str | None:
         if (run.folder / "checkpoint.pt").exists():
             command.append("--resume")
         with log.open("w") as text:
-            variables = os.environ | {"PYTHONPATH": str(ROOT)}
+            paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # and the user's
+            variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
             process = subprocess.Popen(command, stdout=text, stderr=text, env=variables,
                                        start_new_session=True)  # fmt: skip
             RUNNING.append(process)

@@ -1,0 +1,62 @@
+"""The paper's other methods, one file each, on train.py's loop, data and evaluation.
+
+  learners      cfcql.py  omar.py  omiga.py                  in MACQL's place, on real rows alone
+  world models  direct.py ensemble.py morel.py sumo.py       in LOGO's place, under MACQL
+  joint.py      what the world models have in common: inputs, outputs, heads
+
+    python -m baselines.omiga --env-id 3s_vs_5z        train, with train.py's flags and its own
+    python -m baselines.omiga --self-check             a small problem that it must solve
+
+A learner has .actor, .ema_actor, .update(batch, is_real, generator) -> metrics, .state_dict() and
+.load_state_dict(); a world model is an nn.Module with .loss(batch) -> (scalar, metrics) and
+.imagine(policy, starts, horizon, generator) -> rollout. `train.main` takes either.
+"""
+
+import sys
+from collections.abc import Callable
+
+import train
+from datasets import one_sentence
+from experiment.folder import OWNED
+from experiment.stopping import saying_how_to_go_on
+
+
+def run(
+    name: str, kind: type[train.Args], self_check: Callable, argv: list[str] | None = None, **parts
+) -> dict | None:
+    """The command line of a baseline: an error is one sentence and a non-zero exit.
+
+    Args:
+        name: of the baseline's file; names the method in the run's folder and report.
+        kind: its flags. Those named in its NO_EFFECT belong to parts that it does not have, and are
+            refused.
+        self_check: what --self-check runs instead.
+        argv: the flags; None: those of the process.
+        parts: `learner` or `world_model` for `train.main`.
+    Returns:
+        The content of final.json; None after a self-check.
+    """
+    program = f"-m baselines.{name}"
+    given = sys.argv[1:] if argv is None else argv
+    if "--self-check" in given:
+        self_check()
+        return None
+    with one_sentence(f"python {program}"), saying_how_to_go_on(argv, OWNED, program):
+        args = train.parse(argv, kind, prog=f"python {program}", description=kind.__doc__)
+        usual = train.defaults(args.env_id, kind=kind)
+        for flag in ("paper", *kind.NO_EFFECT):
+            if getattr(args, flag) != getattr(usual, flag):
+                told = flag.replace("_", "-")
+                raise ValueError(f"--{told} has no effect on {name}: leave it out.")
+        return train.main(args, method=name, **parts)
+
+
+def states(parts: dict) -> dict:
+    """One dict of state_dicts, of a learner's networks, optimisers and schedules by name."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def load_states(parts: dict, state: dict) -> None:
+    """Take over what `states` returned for the same parts."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
