@@ -2,7 +2,8 @@
 
 The paper's Table 5 compares with seven probabilistic networks. `load_kit` takes them as
 OfflineRL-Kit publishes them. `Ensemble` is the same computation in tensors, as LOGO is written,
-without numpy, with all members in one batched product or one after the other.
+without numpy, with all members in one batched product or one after the other; its networks are
+those of baselines/ensemble.py.
 
 Sizes: B rows side by side, M members.
 """
@@ -16,7 +17,8 @@ from types import ModuleType
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+
+from baselines.ensemble import Members
 
 
 class Ensemble(nn.Module):
@@ -30,34 +32,8 @@ class Ensemble(nn.Module):
 
     def __init__(self, obs: int, actions: int, hidden=200, members=7, elites=5, looped=False):
         super().__init__()
-        sizes = [obs + actions, *[hidden] * 4, 2 * (obs + 1)]
-        shapes = list(zip(sizes, sizes[1:], strict=False))
-        self.weights = nn.ParameterList(
-            nn.init.trunc_normal_(torch.empty(members, i, j), std=0.5 * i**-0.5) for i, j in shapes
-        )
-        self.biases = nn.ParameterList(torch.zeros(members, 1, j) for _, j in shapes)
-        self.max_log_var = nn.Parameter(torch.full((obs + 1,), 0.5))
-        self.min_log_var = nn.Parameter(torch.full((obs + 1,), -10.0))
-        self.elites, self.looped = elites, looped
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B,I) -> mean and log variance (M,B,obs+1) of every member."""
-        layers = list(zip(self.weights, self.biases, strict=True))
-        if self.looped:
-            members = [[(w[m], b[m]) for w, b in layers] for m in range(len(self.weights[0]))]
-            out = torch.stack([self.network(torch.addmm, x, layers) for layers in members])
-        else:
-            out = self.network(torch.baddbmm, x.expand(len(self.weights[0]), -1, -1), layers)
-        mean, log_var = out.chunk(2, -1)
-        log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
-        return mean, self.min_log_var + F.softplus(log_var - self.min_log_var)
-
-    @staticmethod
-    def network(product: Callable, x: torch.Tensor, layers: list) -> torch.Tensor:
-        """All layers, with `product` torch.addmm of one member or torch.baddbmm of all."""
-        for w, b in layers[:-1]:
-            x = F.silu(product(b, x, w), inplace=True)
-        return product(layers[-1][1], x, layers[-1][0])
+        self.net = Members(obs + actions, obs + 1, 0, hidden, members, looped)
+        self.elites = elites
 
     @torch.no_grad()
     def step(self, obs: torch.Tensor, actions: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -65,7 +41,7 @@ class Ensemble(nn.Module):
 
         The penalty on the reward is the largest standard deviation among all members.
         """
-        mean, log_var = self(torch.cat([obs, actions], -1))  # (M,B,obs+1)
+        mean, log_var = self.net(torch.cat([obs, actions], -1))  # (M,B,obs+1)
         std = torch.exp(0.5 * log_var)
         penalty = std.norm(dim=-1).amax(0)  # (B,)
         rows = torch.arange(len(obs), device=obs.device)

@@ -78,11 +78,11 @@ def predict_held_out(model, data: OfflineDataset) -> dict[str, torch.Tensor]:
 
     Returns:
         next_obs (B,N,O), next_state (B,S), reward (B,); uncertainty (B,) where the model has one.
-        LogoWM adds the other entries of `LogoWM.step`; its predictions are expected values, not
+        A model with a `step` adds its other entries; its predictions are expected values, not
         clamped.
     """
     batch = data.gather(data.held_out)
-    if isinstance(model, LogoWM):
+    if hasattr(model, "step"):
         out = model.step(batch.obs, batch.state, batch.actions)
         return out | {"next_obs": out["mean_obs"], "next_state": out["mean_state"]}
     rollout = model.imagine(replay([batch.actions]), batch, 1, generator_for(data))

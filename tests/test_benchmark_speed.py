@@ -26,22 +26,22 @@ def test_batched_and_looped_ensemble_equal_the_formula():
     batched, looped = Ensemble(6, 4, hidden=8), Ensemble(6, 4, hidden=8, looped=True)
     looped.load_state_dict(batched.state_dict())
     x = torch.randn(5, 10)
-    for ours, theirs in zip(batched(x), looped(x), strict=True):
+    for ours, theirs in zip(batched.net(x), looped.net(x), strict=True):
         assert ours.shape == (7, 5, 7)
         torch.testing.assert_close(ours, theirs)
     h = x
-    for w, b in zip(batched.weights, batched.biases, strict=True):
+    for w, b in zip(batched.net.weights, batched.net.biases, strict=True):
         h = (h * torch.sigmoid(h) if h is not x else h) @ w[3] + b[3]  # the fourth member
-    torch.testing.assert_close(batched(x)[0][3], h[:, :7])
+    torch.testing.assert_close(batched.net(x)[0][3], h[:, :7])
 
 
 def test_ensemble_samples_elites_and_penalises_the_widest():
     torch.manual_seed(0)
     model = Ensemble(2, 1, hidden=4)
     with torch.no_grad():
-        for w in model.weights:
+        for w in model.net.weights:
             w.zero_()
-        mean, log_var = model.biases[-1].chunk(2, -1)  # (7,1,3) each
+        mean, log_var = model.net.biases[-1].chunk(2, -1)  # (7,1,3) each
         mean.copy_(torch.arange(7.0).view(7, 1, 1) * 100)
         log_var.fill_(-8.0)
         log_var[6] = 0.0  # no elite, but the widest
@@ -49,7 +49,7 @@ def test_ensemble_samples_elites_and_penalises_the_widest():
     drawn = (out["next_obs"] / 100).round()
     assert set(drawn.flatten().tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0}  # never 5 or 6
     assert torch.equal(drawn[:, 0], drawn[:, 1])  # one member a row
-    std = model(torch.zeros(500, 3))[1][6].mul(0.5).exp()  # (500,3)
+    std = model.net(torch.zeros(500, 3))[1][6].mul(0.5).exp()  # (500,3)
     torch.testing.assert_close(out["penalty"], std.norm(dim=-1))
     torch.testing.assert_close(out["reward"], out["raw_reward"] - out["penalty"])
 
