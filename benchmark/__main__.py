@@ -2,6 +2,7 @@
 
 python -m benchmark grid      five maps x four qualities x {LOGO, MACQL} x 5 seeds
 python -m benchmark ceiling   the same learner with the true simulator as its world model
+python -m benchmark errors    one-step errors of every world model
 python -m benchmark tables    every table of results, from results/runs.csv and results/speed.csv
 python -m benchmark figures   results/comparison.png
 python -m benchmark speed     updates and rollouts, timed, against an ensemble
@@ -9,6 +10,7 @@ python -m benchmark speed     updates and rollouts, timed, against an ensemble
 
 import tyro
 
+from benchmark.errors import errors
 from benchmark.figures import figures
 from benchmark.grid import ceiling, grid
 from benchmark.speed import speed
@@ -18,7 +20,8 @@ from datasets import one_sentence
 
 def cli(argv: list[str] | None = None) -> None:
     """The command line: an error is one sentence and a non-zero exit."""
-    commands = {command.__name__: command for command in (grid, ceiling, tables, figures, speed)}
+    known = (grid, ceiling, errors, tables, figures, speed)
+    commands = {command.__name__: command for command in known}
     with one_sentence("python -m benchmark"):
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m benchmark", description=__doc__, args=argv

@@ -5,6 +5,7 @@ interrupted one is resumed from its checkpoint. Each finished run becomes a row 
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import shlex
@@ -30,6 +31,8 @@ METHODS = {  # name -> flags of train.py
     "logo": [],
     "macql": ["--synthetic-fraction", "0"],
 }
+WORLD_MODELS = "direct", "ensemble", "morel", "sumo", "mamba"  # files of baselines/, under MACQL
+BASELINES = ("cfcql", "omar", "omiga", *WORLD_MODELS)
 ORACLES = {  # name -> flags of benchmark/oracle.py: what D_m is filled with
     "windows": ["--windows"],
     "simulator": [],
@@ -49,7 +52,7 @@ class Run(NamedTuple):
     variant: str  # flags that differ from the method's defaults
     quality: str  # of the data; with --dataset: the file's name
     folder: Path
-    program: list[str]  # train.py, or benchmark.oracle and its own flags
+    program: list[str]  # train.py, a baseline, or benchmark.oracle and its own flags
     flags: list[str]  # of train.py, all but --out and --resume
     args: train.Args  # what the flags mean
 
@@ -82,14 +85,17 @@ def plan(env_ids, qualities, methods, seeds, flags: str, out: Path) -> list[Run]
     for seed, env_id, quality, method in product(*axes):
         given = ["--env-id", env_id, "--quality", quality, "--seed", str(seed)]
         given += METHODS.get(method, [])
-        args = train.parse([*given, *more])
+        program, kind = ["train.py"], train.Args
+        if method in ORACLES:
+            program = ["-m", "benchmark.oracle", *ORACLES[method]]
+        elif method in BASELINES:
+            program = ["-m", f"baselines.{method}"]
+            kind = importlib.import_module(program[-1]).Args
+        args = train.parse([*given, *more], kind)
         check_args(dataclasses.replace(args, out=out))
         source = args.dataset.stem if args.dataset else quality
         folder = out / f"{env_id}-{source}-{method}-seed{seed}"
-        usual = train.parse([*given, *(["--paper"] if args.paper else [])])
-        program = ["train.py"]
-        if method in ORACLES:
-            program = ["-m", "benchmark.oracle", *ORACLES[method]]
+        usual = train.parse([*given, *(["--paper"] if args.paper else [])], kind)
         differs = variant(args, usual)
         runs.append(Run(method, differs, source, folder, program, [*given, *more], args))
     if len({run.folder for run in runs}) < len(runs):
@@ -142,7 +148,7 @@ def finish(run: Run, results: Path) -> str | None:
 def grid(
     env_ids: tuple[str, ...] = PAPER_SMAC,
     qualities: tuple[Quality, ...] = get_args(Quality),
-    methods: tuple[Literal[*METHODS], ...] = tuple(METHODS),
+    methods: tuple[Literal[*METHODS, *BASELINES], ...] = tuple(METHODS),
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
     jobs: int = 1,
     flags: str = "",
@@ -154,7 +160,7 @@ def grid(
     Args:
         env_ids: tasks
         qualities: of the recorded data
-        methods: names of METHODS in grid.py
+        methods: logo, macql, or files of baselines/ by their names
         seeds: of networks, batches and rollouts
         jobs: runs at the same time, each a process: one per core, or as many as fill a GPU
         flags: more flags of train.py for every run, e.g. --flags="--threads 1"

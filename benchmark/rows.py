@@ -16,6 +16,7 @@ import threading
 from pathlib import Path
 from typing import TypeVar, get_args
 
+import numpy as np
 import torch
 
 from datasets import write_atomic
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "results" / "runs.csv"
 CEILING = ROOT / "results" / "ceiling.csv"
 DEPTH = ROOT / "results" / "depth.csv"
+ERRORS = ROOT / "results" / "errors.csv"
 SPEED = ROOT / "results" / "speed.csv"
 LOCK = threading.Lock()  # of `record`: the runs of a grid finish in several threads
 
@@ -34,7 +36,7 @@ T = TypeVar("T")
 class Result:
     """One finished run: a line of runs.csv. Returns are sums of rewards per episode."""
 
-    method: str  # a key of grid.METHODS
+    method: str  # of grid.METHODS or grid.BASELINES
     variant: str  # flags of train.py that differ from the method's defaults; "": none
     env_id: str
     backend: str  # simulator that evaluated; "offline": none, nothing was played
@@ -89,6 +91,37 @@ class Depth:
         return self.method, self.variant, self.env_id, self.quality, self.seed, self.step
 
 
+@dataclasses.dataclass
+class Error:
+    """One-step errors of one world model on one kind of data: a line of errors.csv."""
+
+    method: str  # logo, or a world model of baselines/
+    env_id: str
+    trained_on: str  # quality of the data, or the file's name
+    tested_on: str
+    seed: int
+    rows: int  # held out, on which it was tested
+    # mean squared errors in units of the training data's standard deviation
+    obs_mse: float
+    state_mse: float
+    reward_mse: float
+    raw_reward_mse: float  # in the reward's own units
+    persistence_state_mse: float  # of the guess that the state does not change
+    u_error_spearman: float | None  # rank correlation of u with the error of s'; none without u
+    wm_updates: int
+    total_s: float  # seconds of the training
+    parameters: int
+    commit: str
+    machine: str
+    versions: str
+    command: str
+
+    @property
+    def key(self) -> tuple:
+        """As `Result.key`."""
+        return self.method, self.env_id, self.trained_on, self.tested_on, self.seed
+
+
 def depths(values: dict[str, list], row: Result) -> list[Depth]:
     """The content of a run's depth.json (`oracle.by_depth`), one line per step."""
     same = row.method, row.variant, row.env_id, row.quality, row.seed
@@ -132,7 +165,7 @@ def result(final: dict, method: str, variant: str, quality: str, machine: str, c
     )
 
 
-def record(path: Path, row: Result | Depth) -> None:
+def record(path: Path, row: Result | Depth | Error) -> None:
     """Write a run's row into the file, in place of the row with the same key if there is one.
 
     Safe to call from several threads of one process.
@@ -220,3 +253,9 @@ def machine(device: str) -> str:
         model = found.group(1)
     gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     return f"{model}, {os.cpu_count()} cores{gpu}"
+
+
+def versions() -> str:
+    """Of what a timing or a trained network depends on."""
+    packages = f"torch {torch.__version__}, numpy {np.__version__}"
+    return f"Python {platform.python_version()}, {packages}"

@@ -8,7 +8,6 @@ Sizes: B rows side by side, N agents, O observation, S state, A actions, H horiz
 """
 
 import dataclasses
-import platform
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm import tqdm
 import envs
 import train
 from benchmark.ensemble import Ensemble, load_kit
-from benchmark.rows import SPEED, machine, read, write
+from benchmark.rows import SPEED, machine, read, versions, write
 from benchmark.speed_tables import LIMITS, TRAINING, speed_tables
 from benchmark.timing import Clock, Entry, Row, parameters
 from buffer import Batch, OfflineDataset, SyntheticBuffer, mix
@@ -263,8 +262,7 @@ def speed(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     about = {"device": device, "machine": machine(device), "threads": threads, "commit": commit()}
-    about["versions"] = f"Python {platform.python_version()}, torch {torch.__version__}, "
-    about["versions"] += f"numpy {np.__version__}"
+    about["versions"] = versions()
     clock = Clock(torch.device(device), *((2, 0.0) if quick else ()))
     kit = load_kit(offlinerl_kit) if offlinerl_kit else None
     jobs = [partial(machine_limits, clock)]

@@ -11,10 +11,10 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from behaviour import Quality
-from benchmark.grid import METHODS, ORACLES
+from benchmark.grid import BASELINES, METHODS, ORACLES, WORLD_MODELS
 from benchmark.markdown import fill_files, table
 from benchmark.oracle import PARTS
-from benchmark.rows import CEILING, ROOT, RUNS, SPEED, Result, read
+from benchmark.rows import CEILING, ERRORS, ROOT, RUNS, SPEED, Error, Result, read
 from benchmark.speed_tables import speed_tables
 from benchmark.timing import Row
 from envs import PAPER_MUJOCO, PAPER_SMAC
@@ -28,6 +28,10 @@ NAMES = {  # a method that is not here: its key
     "logo": "LOGO",
     "macql": "MACQL",
     "bc": "cloning",
+    **{name: name.upper() for name in BASELINES},
+    "direct": "direct prediction",
+    "ensemble": "ensemble (MOPO)",
+    "morel": "MOReL",
     "windows": "recorded steps",
     "model": "LOGO",
     "simulator": "true simulator",
@@ -58,7 +62,7 @@ def group(rows: Iterable[Result]) -> Groups:
 
         return (
             *place(row.env_id, tasks), row.backend, *place(row.quality, qualities), row.variant,
-            *place(row.method, (*METHODS, *ORACLES)), row.seed,
+            *place(row.method, (*METHODS, *BASELINES, *ORACLES)), row.seed,
         )  # fmt: skip
 
     groups: Groups = {}
@@ -116,6 +120,38 @@ def comparison(groups: Groups) -> str:
         lines.append([*cell, len(first), *both, over(first, "clone_return"), data_return(first)])
     header = ["task", "simulator", "data", "seeds", *(NAMES.get(m, m) for m in methods)]
     return table([*header, "behaviour cloning", "data's return"], lines)
+
+
+def field(groups: Groups) -> str:
+    """One line per method in each cell that any baseline was run in: returns, LOGO's difference."""
+    by_cell: dict[Cell, dict[str, Runs]] = {}
+    for (cell, variant, method), runs in groups.items():
+        if variant == "" and cell.backend != "offline":
+            by_cell.setdefault(cell, {})[method] = runs
+    lines = []
+    for cell, runs in by_cell.items():
+        for method in (*METHODS, *BASELINES) if runs.keys() & set(BASELINES) else ():
+            line = [*cell, NAMES[method]]
+            if method not in runs:
+                lines.append([*line, 0, "not run", "", "", ""])
+                continue
+            one = runs[method]
+            by_seed, interval = paired_difference(runs.get("logo", {}), one)
+            compared = method != "logo" and by_seed
+            gain = f"{np.mean(by_seed):+.2f} ({len(by_seed)})" if compared else ""
+            bounds = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if compared and interval else ""
+            returns = over(one, "return_mean"), win_rate(one)
+            lines.append([*line, len(one), *returns, gain, bounds])
+        if lines and cell == Cell(*lines[-1][:3]):
+            first = next(iter(runs.values()))
+            clone = over(first, "clone_return")
+            lines.append([*cell, "behaviour cloning", len(first), clone, "", "", ""])
+            lines.append([*cell, "the data", "", data_return(first), "", "", ""])
+    return table(
+        ["task", "simulator", "data", "method", "seeds", "return", "win rate",
+         "LOGO minus it (seeds)", "95 % interval"],
+        lines,
+    )  # fmt: skip
 
 
 def scores(groups: Groups) -> str:
@@ -249,6 +285,31 @@ def ceiling_table(groups: Groups) -> str:
     return table([*header, *(NAMES[m] for m in ORACLES)], lines)
 
 
+def errors_table(rows: list[Error]) -> str:
+    """One line per world model and training data: one-step errors, on each kind of test data."""
+    models = ("logo", *WORLD_MODELS)
+    tests: dict[tuple[str, str], list[str]] = {}  # by task and training data
+    for row in rows:
+        tests.setdefault((row.env_id, row.trained_on), []).append(row.tested_on)
+    lines = []
+    for (env_id, trained_on), tested in sorted(tests.items()):
+        for model in models:
+            line = [env_id, trained_on, NAMES[model]]
+            for test in [trained_on, *sorted({*tested} - {trained_on})]:
+                key = (model, env_id, trained_on, test)
+                some = [row for row in rows if row.key[:-1] == key]
+                if not some:
+                    continue
+                line += [test, len(some)]
+                line += [over_seeds([row.state_mse for row in some], 4)]
+                line += [over_seeds([row.reward_mse for row in some], 3)]
+                line += [f"{np.mean([row.persistence_state_mse for row in some]):.4f}"]
+            if len(line) > 3:
+                lines.append([*line, *[""] * (13 - len(line))])
+    kinds = ["tested on", "seeds", "s'", "r'", "nothing changes"]
+    return table(["task", "trained on", "model", *kinds, *kinds], lines)
+
+
 def code(text: str) -> str:
     return f"`{text}`" if text else ""
 
@@ -256,23 +317,29 @@ def code(text: str) -> str:
 def results_tables(rows: list[Result]) -> dict[str, str]:
     """All tables of results by the names that the texts' markers use."""
     groups = group(rows)
-    makers = (comparison, scores, differences, aggregate, world_model, origin)
+    makers = (comparison, field, scores, differences, aggregate, world_model, origin)
     return {make.__name__.replace("_", "-"): make(groups) for make in makers}
 
 
 def tables(
-    results: Path = RUNS, ceiling: Path = CEILING, timings: Path = SPEED, write: bool = False
+    results: Path = RUNS,
+    ceiling: Path = CEILING,
+    errors: Path = ERRORS,
+    timings: Path = SPEED,
+    write: bool = False,
 ) -> None:
     """Print all tables, or write them into README.md, results/README.md and docs/speed.md.
 
     Args:
         results: file of finished runs, as `grid` writes it
         ceiling: the same of runs with the true simulator as the world model
+        errors: file of one-step errors, as `errors` writes it
         timings: file of measurements, as `speed` writes it
         write: replace the text between `<!-- table: NAME -->` and `<!-- /table -->` instead
     """
     made = results_tables(read(results, Result))
     made["ceiling"] = ceiling_table(group(read(ceiling, Result)))
+    made["errors"] = errors_table(read(errors, Error))
     made["speed"] = speed_tables(read(timings, Row))
     if write:
         for path in fill_files(TEXTS, made):

@@ -1,0 +1,130 @@
+"""How well each world model predicts one step, on data of the same and of another quality.
+
+Phase 1 of train.py alone, for LOGO and for every world model of baselines/, on the same batches.
+Errors are mean squared errors on held-out episodes in standardised units: 1 is the error of always
+predicting the training data's mean. Rows of the other quality are what the paper calls data out of
+the dataset (Sec. 5.4); they are standardised with the training data's statistics, too.
+"""
+
+import importlib
+import math
+import shlex
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import behaviour
+import train
+from behaviour import Quality
+from benchmark.grid import WORLD_MODELS
+from benchmark.rows import ERRORS, Error, machine, read, record, versions
+from buffer import OfflineDataset
+from datasets import load_dataset
+from envs import Spec
+from experiment import setup
+from experiment.diagnostics import predict_held_out, rank_correlation, squared_error, standardiser
+from macql import descend, linear_decay
+
+
+def errors(
+    env_ids: tuple[str, ...] = ("3s_vs_5z", "HalfCheetah-6x1"),
+    quality: Quality = "medium",
+    other: Quality = "medium-replay",
+    dataset: Path | None = None,
+    models: tuple[Literal["logo", *WORLD_MODELS], ...] = ("logo", *WORLD_MODELS),
+    seeds: tuple[int, ...] = (10,),
+    flags: str = "",
+    results: Path = ERRORS,
+) -> None:
+    """Train every world model, and record its one-step errors; rows that exist are kept.
+
+    Args:
+        env_ids: tasks
+        quality: of the data that the models are trained on
+        other: quality of further data on which they are tested
+        dataset: a file of recorded episodes to train and test on instead, e.g. of StarCraft II
+        models: logo, or world models of baselines/ by their names
+        seeds: of networks and batches
+        flags: more flags of train.py for every model, e.g. --flags="--threads 1"
+        results: file that receives a row per model and kind of data
+    """
+    known = {row.key for row in read(results, Error)} if results.exists() else set()
+    kinds = {"logo": train.Args}
+    kinds |= {m: importlib.import_module(f"baselines.{m}").Args for m in models if m != "logo"}
+    for env_id in dict.fromkeys(env_ids if dataset is None else env_ids[:1]):
+        given = ["--env-id", env_id, "--quality", quality, *shlex.split(flags)]
+        given += ["--dataset", str(dataset)] if dataset else []
+        args = train.parse(given)
+        setup.check_args(args)
+        device, path = setup.choose_device(args), setup.find_dataset(args)
+        data, metadata = load_dataset(path, 0.05, 0, device, args.env_id)
+        tests = {metadata.get("quality", path.stem): data}
+        if dataset is None:
+            file = behaviour.load_or_record(env_id, other, args.episodes)
+            tests[other] = load_dataset(file, 0.05, 0, device, args.env_id)[0]
+        trained_on = next(iter(tests))
+        for model, seed in [(m, s) for s in seeds for m in models]:
+            wanted = [(model, args.env_id, trained_on, t, seed) for t in tests]
+            if known.issuperset(wanted):
+                continue
+            args = train.parse([*given, "--seed", str(seed)], kinds[model])
+            setup.check_args(args)
+            started = time.time()
+            world_model = trained(model, args, data)
+            about = {
+                "wm_updates": args.wm_updates, "total_s": time.time() - started,
+                "parameters": sum(p.numel() for p in world_model.parameters()),
+                "commit": setup.commit(), "machine": machine(device.type), "versions": versions(),
+                "command": shlex.join(
+                    ["python", "-m", "benchmark", "errors", "--env-ids", env_id, "--quality",
+                     quality, *(["--dataset", str(dataset)] if dataset else []), "--models", model,
+                     "--seeds", str(seed), *([f"--flags={flags}"] if flags else [])]
+                ),
+            }  # fmt: skip
+            for tested_on, test in tests.items():
+                key = (model, args.env_id, trained_on, tested_on, seed)
+                record(results, Error(*key, **measures(world_model, data, test), **about))
+
+
+def trained(model: str, args: train.Args, data: OfflineDataset) -> torch.nn.Module:
+    """A world model after Phase 1 of train.py."""
+    sizes = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])  # N, O, S, A
+    spec = Spec(args.env_id, "offline", *sizes, data.avail is not None, int(data.lengths.max()))
+    place = train if model == "logo" else importlib.import_module(f"baselines.{model}")
+    torch.manual_seed(args.seed)
+    rng = torch.Generator(data.obs.device).manual_seed(args.seed)
+    world_model = place.make_world_model(args, spec, data)
+    optimizer = torch.optim.AdamW(
+        world_model.parameters(), args.wm_lr, weight_decay=args.wm_weight_decay, fused=True
+    )
+    schedule = linear_decay(optimizer, args.wm_updates if args.lr_decay else 0)
+    for _ in tqdm(range(args.wm_updates), desc=f"{model} on {args.env_id}, seed {args.seed}"):
+        descend(optimizer, world_model.loss(data.sample(args.wm_batch_size, rng))[0])
+        schedule.step()
+    return world_model
+
+
+@torch.no_grad()
+def measures(model, data: OfflineDataset, test: OfflineDataset) -> dict[str, float]:
+    """The error columns of `rows.Error` on `test`'s held-out rows, in units of `data`."""
+    out, batch, error = (
+        predict_held_out(model, test),
+        test.gather(test.held_out),
+        squared_error(data),
+    )
+    standardise = standardiser(data)
+    truth = standardise("state", batch.next_state)
+    true = (standardise("state", out["next_state"]) - truth).norm(dim=-1)
+    rho = rank_correlation(out["uncertainty"], true)
+    return {
+        "rows": len(batch.reward),
+        "obs_mse": error("obs", out["next_obs"], batch.next_obs),
+        "state_mse": error("state", out["next_state"], batch.next_state),
+        "reward_mse": error("reward", out["reward"], batch.reward),
+        "raw_reward_mse": (out["reward"] - batch.reward).square().mean().item(),
+        "persistence_state_mse": error("state", batch.state, batch.next_state),
+        "u_error_spearman": rho if math.isfinite(rho) else None,  # no value where u is constant
+    }
