@@ -11,14 +11,15 @@ and weighs the agents. Everything else is MACQL's: critic, target, policies, clo
 pi_i is the soft-max of the values of i's counterfactual actions, and beta the data's policy.
 
 Departures: the critic is LOGO's sum of utilities, or a network of the joint action, instead of a
-QMIX mixer; targets are of one step, and a policy is trained by Eq. (12) of LOGO's paper, as
-MACQL's here, instead of taking the best action; beta is a network on o that is trained beside the
-critic. Continuous actions: the integral over a_i is taken with the draws of `macql.action_noise`,
-one agent's at a time, and lambda_i is 1/N, because KL has no exact value there.
+QMIX mixer (with a sum, lambda_i = 1/N is MACQL with alpha / N: only the weights differ); targets
+are of one step, and a policy is trained by Eq. (12) of LOGO's paper, as MACQL's here, instead of
+taking the best action; beta is a network on o that is trained beside the critic. Continuous
+actions: the integral over a_i is taken with the draws of `macql.action_noise`, one agent's at a
+time, and lambda_i is 1/N, because KL has no exact value there.
 
 Source: https://github.com/thu-rllab/CFCQL at 3441019: discrete/src/learners/cq_learner.py,
 continuous/algorithms/maddpg_cc.py. Its alpha is 0.1 to 50 and its temperature 0 to 100, chosen for
-each dataset; the defaults here are MACQL's alpha, for the same Bellman error, and temperature 0.5.
+each dataset.
 
 Sizes: B batch, N agents, A action, K critics, M draws.
 """
@@ -145,7 +146,7 @@ class CFCQL:
         alpha, temperature, conservative: see `critic_loss` and `values_of_all`.
     """
 
-    compilable = ()
+    compilable = ("critic_loss", "policy_loss")
 
     def __init__(self, learner: MACQL, alpha, temperature, conservative, lr=1e-3, decay_updates=0):
         self.learner, self.actor, self.ema_actor = learner, learner.actor, learner.ema_actor
@@ -155,7 +156,8 @@ class CFCQL:
             self.beta = copy.deepcopy(learner.actor)  # its size, trained on its own
             self.optimizer = torch.optim.Adam(self.beta.parameters(), lr=lr, fused=True)
             self.schedule = linear_decay(self.optimizer, decay_updates)
-        learner.critic_loss = partial(
+        self.policy_loss = learner.policy_loss
+        self.critic_loss = partial(
             critic_loss, bellman=bellman, beta=self.beta, alpha=alpha, temperature=temperature,
             conservative=conservative,
         )  # fmt: skip
@@ -169,6 +171,8 @@ class CFCQL:
             descend(self.optimizer, loss)
             self.schedule.step()
             metrics["beta_nll"] = loss.detach()
+        # Taken over here, because --compile replaces them after the learner is made
+        self.learner.critic_loss, self.learner.policy_loss = self.critic_loss, self.policy_loss
         return metrics | self.learner.update(batch, is_real, generator)
 
     def parts(self) -> dict:
