@@ -107,7 +107,7 @@ def make_world_model(args: Args, spec, data) -> DirectWM:
 
 def _self_check():
     """The small world of joint.py."""
-    check(lambda spec, data: DirectWM(JointRows(spec, data, 64), hidden=64))
+    check(lambda spec, data: DirectWM(JointRows(spec, data, 64), hidden=64), updates=150)
 
 
 if __name__ == "__main__":
