@@ -35,7 +35,7 @@ class Args(train.Args):
     NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic", "uncertainty", "cap", "u_scale")
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"
-    """use of u, which this model does not have: none [Table 1 of LOGO's paper for such models]"""
+    """use of u, which this model does not have: none [ours]"""
 
 
 def joined(rows: JointRows, of_state, of_obs, reward) -> torch.Tensor:

@@ -68,12 +68,8 @@ class Args(train.Args):
 def window_starts(data, length: int) -> torch.Tensor:
     """For each training row, the first row of the window to draw for it: (len(data.train),).
 
-    A window of `length` steps ends with its episode at the latest: the last rows of an episode have
-    its last window, so that its end is drawn as often as a row in its middle. Rows of an episode
-    that is too short have the last window of an earlier one.
-
-    Raises:
-        ValueError: all episodes are too short.
+    The last rows of an episode have its last window, so that its end is drawn as often as a row in
+    its middle; rows of an episode that is too short have an earlier one's. ValueError: all are.
     """
     first = windows(data.train, length)
     if len(first) == 0:
@@ -180,11 +176,7 @@ class MAMBA(nn.Module):
         return self.starts[pick] + torch.arange(self.window, device=device).unsqueeze(1)
 
     def loss(self, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Reconstruction, reward, KL and the heads' losses, on windows of recorded steps.
-
-        Args:
-            batch: a `buffer.Batch`, of which only the size counts.
-        """
+        """Reconstruction, reward, KL, heads on windows; of `batch` the number of rows counts."""
         rows, device = self.rows, self.starts.device
         generator = torch.Generator(device).manual_seed(10**6 * self.seed + self.updates)
         self.updates += 1
@@ -202,15 +194,14 @@ class MAMBA(nn.Module):
         prior = self.prior(h)
         kl = kl_loss(*(x.unflatten(-1, self.sizes[1:]) for x in (prior, posterior)))
 
-        of_state, of_obs = self.decode(h, z)
+        of_state, of_obs = self.decode(h, z)  # of moments, while `JointRows.nll` is of transitions
         nll_obs = LogoWM.nll(rows, "obs", obs, rows.prediction("obs", of_obs, 0.0))
         nll_state = LogoWM.nll(rows, "state", state, rows.prediction("state", of_state, 0.0))
         r = self.reward_of(h[1:], z[:-1]).flatten(0, 1)  # (L W,1)
         error = 0.5 * (rows.standardise("reward", batch.reward) - r.squeeze(-1)).square()
         # The last step's reward is the end head's, as in LOGO
         error = error * (1 - batch.terminated) if rows.heads else error
-        assert nll_obs.shape[:2] == nll_state.shape == moments.shape
-        assert error.shape == batch.reward.shape
+        assert nll_state.shape == moments.shape and error.shape == batch.reward.shape
 
         with torch.no_grad():  # the heads read what a rollout consists of
             drawn = self.draw(prior[1:], generator)
@@ -233,10 +224,7 @@ class MAMBA(nn.Module):
 
     @torch.no_grad()
     def step(self, obs, state, actions) -> dict[str, torch.Tensor]:
-        """Expected values after one step from raw (o, a), without a history; s is not used.
-
-        Entries of `JointRows.outcome`; uncertainty (B,) is 0.
-        """
+        """One expected step from raw (o, a) alone: `JointRows.outcome`, and uncertainty (B,) 0."""
         h = self.begin(len(obs))
         return self.follow(h, self.observe(h, obs)[0], actions)[2]
 
