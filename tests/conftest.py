@@ -1,21 +1,27 @@
 """Two workers share the cores, so each computes with one thread. SMAX is compiled without
-optimisation, which halves the time of the tests, because they play few episodes; what one worker or
-command has compiled, the others find in a folder of this session.
+optimisation and with XLA's older code for loops, which takes a quarter of the time, because the
+tests play few episodes; what one worker or command has compiled, the others find in a folder of
+this session.
 """
 
 import os
+import runpy
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 TINY = (
     "--updates 6 --wm-updates 4 --batch-size 16 --wm-batch-size 16 --hidden 16 --horizon 3 "
-    "--rollout-batch-size 8 --rollout-interval 2 --model-retain 2 --eval-every 2 "
+    "--rollout-batch-size 8 --rollout-interval 2 --model-retain 2 --eval-every 3 "
     "--eval-episodes 8 --threads 1 --device cpu --u-scale 5 --imagine-after 0.17"
 ).split()
 
@@ -30,6 +36,37 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     shutil.rmtree(getattr(config, "compiled", ""), ignore_errors=True)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs end without run.png, whose drawing takes as long as their training."""
+    from experiment import report
+
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program("datasets", "info", ...) does what `python -m datasets info ...` does.
+
+    It is the same code with the same answer, in this process, which has imported torch already.
+    """
+
+    def program(module: str, *arguments) -> subprocess.CompletedProcess:
+        line, code = [module, *map(str, arguments)], 0
+        monkeypatch.setattr(sys, "argv", line)
+        capsys.readouterr()
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as e:
+            code = e.code
+        out, told = capsys.readouterr()
+        if isinstance(code, str):  # as the interpreter ends
+            code, told = 1, f"{told}{code}\n"
+        return subprocess.CompletedProcess(line, code or 0, out, told)
+
+    return program
 
 
 @pytest.fixture(scope="session")

@@ -177,7 +177,7 @@ def test_a_run_ends_and_goes_on(name, dataset, tmp_path):
     given = [*TINY, "--u-scale", "5"] if name == "ensemble" else TINY
     given = [*given, "--dataset", str(dataset), "--out", str(tmp_path / "run")]
     final = baselines.run(name, module.Args, module._self_check, given, **part)
-    assert final["method"] == name and final["eval"]["episodes"] == 24
+    assert final["method"] == name and final["eval"]["episodes"] == 16
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
     assert rows and all(math.isfinite(float(row["value"])) for row in rows)
     again = baselines.run(name, module.Args, module._self_check, [*given, "--resume"], **part)

@@ -178,11 +178,11 @@ def test_recording_is_reproducible_from_its_seed(tmp_path):
     digests = []
     for k, seed in enumerate((0, 0, 1)):
         path = tmp_path / f"{k}.h5"
-        record.record("3s_vs_5z", "medium", 4, seed, path)
+        record.record("3s_vs_5z", "medium", 8, seed, path)
         digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
     assert digests[0] == digests[1] != digests[2]
     data, metadata = load(tmp_path / "0.h5")
-    assert [metadata[k] for k in ("env_id", "quality", "episodes")] == ["3s_vs_5z", "medium", 4]
+    assert [metadata[k] for k in ("env_id", "quality", "episodes")] == ["3s_vs_5z", "medium", 8]
     assert data.obs.shape[1:] == (3, 73) and data.state.shape[1:] == (96,)
     assert 0 < metadata["return_mean"] <= 20.01
     assert metadata["return_mean"] == pytest.approx(data.episode_returns.mean().item())

@@ -18,7 +18,7 @@ import train
 from benchmark import __main__ as command_line
 from benchmark import figures, grid, tables
 from benchmark.markdown import fill, fill_files
-from benchmark.rows import ROOT, Depth, Result, read, record, result, write
+from benchmark.rows import ROOT, Depth, Error, Result, read, record, result, write
 from experiment.tracking import plain
 
 ROW = Result(
@@ -287,6 +287,7 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
 def test_the_texts_hold_the_tables_of_the_committed_rows():
     made = tables.results_tables(read(tables.RUNS, Result))
     made["ceiling"] = tables.ceiling_table(tables.group(read(tables.CEILING, Result)))
+    made["errors"] = tables.errors_table(read(tables.ERRORS, Error))
     made["speed"] = tables.speed_tables(read(tables.SPEED, tables.Row))
     used = set()
     for path in tables.TEXTS:

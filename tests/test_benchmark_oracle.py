@@ -12,9 +12,10 @@ import envs
 import train
 from behaviour import record
 from benchmark import oracle
+from experiment import report
 from experiment.diagnostics import replay
 
-SLOTS = 3  # the simulator is compiled for so many episodes, those that record five of two policies
+SLOTS = 8  # the simulator is compiled for so many episodes, as in conftest.py
 
 
 def load(env_id: str, quality: str, episodes: int, folder):
@@ -25,7 +26,8 @@ def load(env_id: str, quality: str, episodes: int, folder):
 
 @pytest.fixture(scope="module")
 def smax(tmp_path_factory):
-    return load("3s_vs_5z", "mixed", 5, tmp_path_factory.mktemp("smax"))
+    """Eight episodes of one policy, seven of another."""
+    return load("3s_vs_5z", "mixed", 2 * SLOTS - 1, tmp_path_factory.mktemp("smax"))
 
 
 def make_model(env_id: str, data):
@@ -103,9 +105,26 @@ def test_a_recording_of_another_program_is_refused(smax):
         oracle.replay_smax(data, moved)
 
 
-def test_a_run_ends_with_values_by_depth(tmp_path, smax, monkeypatch):
-    few = partial(oracle.by_depth, count=SLOTS, tail=20)  # of 500 and 100, which take half a minute
+@pytest.fixture
+def measured_in_slots(monkeypatch):
+    """What a run measures at its end, on SLOTS rows at a time: of any other number the simulator
+    would be compiled once more."""
+    few = partial(oracle.by_depth, count=SLOTS, tail=20)  # of 500 and 100
     monkeypatch.setattr(oracle, "by_depth", few)
+    few = partial(report.rollout_sanity, count=SLOTS)  # of 2000
+    monkeypatch.setattr(report, "rollout_sanity", few)
+    load_dataset = train.load_dataset
+
+    def load_few(*arguments):
+        data, metadata = load_dataset(*arguments)
+        data.held_out = data.held_out[::2][:SLOTS]  # without two steps in a row to imagine along
+        assert len(data.held_out) == SLOTS
+        return data, metadata
+
+    monkeypatch.setattr(train, "load_dataset", load_few)
+
+
+def test_a_run_ends_with_values_by_depth(tmp_path, smax, measured_in_slots):
     path = smax[1]["path"]
     flags = (
         f"--model reward end --env-id 3s_vs_5z --dataset {path} --updates 4 --wm-updates 2 "

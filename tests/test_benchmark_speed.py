@@ -82,11 +82,16 @@ def test_growth_is_the_fitted_exponent():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The file and the rows of one measurement in tiny sizes."""
+    """A row of another machine, which lay there, and those of one measurement in tiny sizes."""
     out, threads = tmp_path_factory.mktemp("speed") / "speed.csv", torch.get_num_threads()
+    there = Row("to be kept", "LOGO", device="cpu", machine="another", threads=1)
+    here = dataclasses.replace(there, what="to be replaced", machine=speed.machine("cpu"))
+    write(out, [here, there], Row)
     speed.speed("cpu", quick=True, out=out)
     torch.set_num_threads(threads)
-    return out, read(out, Row)
+    first, *rows = read(out, Row)
+    assert first == there
+    return first, rows
 
 
 def test_speed_writes_finite_positive_numbers(measured):
@@ -109,17 +114,12 @@ def test_speed_measures_rivals_growth_and_training(measured):
     assert {row.what for row in trained} == set(TRAINING) and len(trained) == 3
 
 
-def test_rows_of_another_machine_are_kept(measured, tmp_path):
-    _, rows = measured
-    elsewhere = [dataclasses.replace(row, machine="another") for row in rows]
-    out, threads = tmp_path / "speed.csv", torch.get_num_threads()
-    write(out, [*elsewhere, dataclasses.replace(rows[0], what="to be replaced")], Row)
-    speed.speed("cpu", quick=True, out=out)
-    torch.set_num_threads(threads)
-    after = read(out, Row)
-    assert after[: len(rows)] == elsewhere and len(after) == 2 * len(rows)
-    assert "to be replaced" not in {row.what for row in after}
-    text = speed_tables(after)
+def test_rows_of_another_machine_are_kept(measured):
+    there, rows = measured
+    assert (there.what, there.machine) == ("to be kept", "another")
+    assert {row.machine for row in rows} == {speed.machine("cpu")}
+    assert "to be replaced" not in {row.what for row in rows}
+    text = speed_tables([*(dataclasses.replace(row, machine="another") for row in rows), *rows])
     assert "**another; cpu, 1 thread**" in text and text.count("**") == 4
 
 

@@ -72,7 +72,7 @@ class NextStateModel(nn.Module):
 
 
 @pytest.mark.parametrize("parts", ["learner", "world_model", "both"])
-def test_stand_ins_train_end_to_end(parts, dataset, tmp_path):
+def test_stand_ins_train_end_to_end(parts, dataset, tmp_path, undrawn):
     given = {"learner": CloningLearner, "world_model": NextStateModel}
     given = given if parts == "both" else {parts: given[parts]}
     flags = [*TINY, "--dataset", str(dataset), "--out", str(tmp_path / "run")]

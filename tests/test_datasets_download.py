@@ -211,22 +211,21 @@ def test_unknown_name_lists_the_catalogue(tmp_path):
     assert "omiga/3hopper" in listing and "599 MB" in listing and "by hand" in listing
 
 
-def run_download(out: Path, **environment) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "datasets", "download", "cfcql/2s3z", "--out", str(out)]
-    environment = os.environ | {"no_proxy": "*"} | environment
-    return subprocess.run(
+def test_command_downloads_from_hf_endpoint(tmp_path, host):
+    """In a process of its own, because huggingface_hub reads HF_ENDPOINT when it is imported."""
+    command = [sys.executable, "-m", "datasets", "download", "cfcql/2s3z", "--out", str(tmp_path)]
+    environment = os.environ | {"no_proxy": "*", "HF_ENDPOINT": f"http://127.0.0.1:{host.port}"}
+    done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=100
     )
-
-
-def test_command_downloads_from_hf_endpoint(tmp_path, host):
-    done = run_download(tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{host.port}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"unpacked {tmp_path / 'cfcql' / '2s3z.vlt'}")
 
 
-def test_missing_network_is_told_in_one_sentence(tmp_path):
-    done = run_download(tmp_path, HF_ENDPOINT="http://127.0.0.1:1")
+def test_missing_network_is_told_in_one_sentence(tmp_path, monkeypatch, program):
+    monkeypatch.setenv("no_proxy", "*")
+    use_endpoint(monkeypatch, "http://127.0.0.1:1")
+    done = program("datasets", "download", "cfcql/2s3z", "--out", tmp_path)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("python -m datasets: http://127.0.0.1:1/datasets/InstaDeepAI/og-marl/")

@@ -510,15 +510,11 @@ def test_every_format_converts_to_our_layout(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "datasets", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
-
-
-def test_convert_fails_with_one_sentence_and_no_file(tmp_path):
+def test_convert_fails_with_one_sentence_and_no_file(tmp_path, program):
     arrays = omiga_arrays("Hopper-3x1", rollouts("Hopper-3x1"))
     nan_action(arrays)
-    done = run("convert", write_h5(tmp_path / "bad.h5", arrays), tmp_path / "out.h5")
+    bad, out = write_h5(tmp_path / "bad.h5", arrays), tmp_path / "out.h5"
+    done = program("datasets", "convert", bad, out)
     assert done.returncode != 0 and not done.stdout
     last = done.stderr.splitlines()[-1]
     assert last.startswith("python -m datasets: ") and last.endswith(
@@ -566,13 +562,13 @@ def test_reading_needs_less_than_twice_the_arrays(tmp_path):
     assert used < 2 * needed, f"{used / 1e6:.0f} MB for {needed / 1e6:.0f} MB of data"
 
 
-def test_commands_print_what_was_asked_for(tmp_path):
+def test_commands_print_what_was_asked_for(tmp_path, program):
     out = tmp_path / "out.h5"
     cheetah = [minari_episode(e, False, True) for e in rollouts("HalfCheetah-6x1")]
     path = write_minari(tmp_path / "x-v0", cheetah, "HalfCheetah-v5")
-    done = run("convert", path, out, "--env-id", "HalfCheetah-2x3")
+    done = program("datasets", "convert", path, out, "--env-id", "HalfCheetah-2x3")
     assert done.returncode == 0, done.stderr
     assert "2 agents, 3 motors each, observations 12, state 17" in done.stdout
-    done = run("download", "cfcql/9z")
+    done = program("datasets", "download", "cfcql/9z")
     assert done.returncode != 0 and "omiga/3hopper" in done.stdout
     assert done.stderr.startswith("python -m datasets: no dataset is named 'cfcql/9z'")

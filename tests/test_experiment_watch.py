@@ -157,7 +157,7 @@ def test_the_command_ends_with_the_sentence(tmp_path):
 # -------------------------------------------------------------------- what the world model imagines
 
 
-def test_a_recorded_episode_beside_the_imagined_one(dataset, tmp_path):
+def test_a_recorded_episode_beside_the_imagined_one(dataset, tmp_path, undrawn):
     flags = [*TINY, "--dataset", str(dataset), "--out", str(tmp_path)]
     train.cli([*flags, "--updates", "2", "--eval-every", "2"])
     command.cli(["watch", str(tmp_path), "--imagined", "--steps", "4"])
@@ -178,9 +178,9 @@ def test_a_recorded_episode_beside_the_imagined_one(dataset, tmp_path):
 
 
 def test_states_show_the_units_that_the_simulator_has():
-    env = envs.make("3s_vs_5z", 1)
+    env = envs.make("3s_vs_5z", 8)  # of which slot 0 is shown
     act, now = envs.random_policy(env.spec, 0), env.reset(seed=1)
-    while not now.done.all():
+    while not now.done[0]:
         now = env.step(act(torch.tensor(now.obs), torch.tensor(now.avail)).numpy())
         units, shown = env.units(), living_of_smax(env._env, now.state[0])
         alive = [unit._replace(target=None) for unit in units if unit.health > 0.01]

@@ -1,6 +1,7 @@
 """Whole runs of train.py in miniature: what they write, that they repeat, resume and refuse.
 
-Every run here plays eight episodes at a time on 3s_vs_5z, so that the simulator is compiled once.
+Runs play eight episodes at a time on 3s_vs_5z, so that the simulator is compiled once, or none on
+data of no simulator (`toy`), because the episodes take longer than the training.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from experiment import setup, tracking
 
 
 @pytest.fixture
-def go(dataset, tmp_path):
+def go(dataset, tmp_path, undrawn):
     """go("--flag", ..., out="name") -> final.json of a miniature run."""
 
     def go(*flags: str, out: str = "run") -> dict:
@@ -33,6 +35,40 @@ def go(dataset, tmp_path):
         return train.cli([*TINY, *given])
 
     return go
+
+
+@pytest.fixture
+def toy(tmp_path) -> tuple[str, ...]:
+    """Flags of `go` for data that nothing plays."""
+    path = tmp_path / "toy.h5"
+    datasets.save_episodes(path, battles(), {"env_id": "toy"})
+    return "--dataset", str(path), "--env-id", "toy"
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory) -> tuple[Path, dict]:
+    """Folder and final.json of a run of `go` without flags, with its picture."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, train.cli([*TINY, "--dataset", str(dataset), "--out", str(folder)])
+
+
+WRAPPING = ("--rollout-interval", "1")  # every update of the policy adds to D_m, of two collections
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory) -> tuple[Path, dict]:
+    """Folder and final.json of a run that nobody kills."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        save_after_every_update(patch)
+        patch.setattr(train.report, "draw", lambda *_: None)
+        flags = ["--dataset", str(dataset), "--out", str(folder), *WRAPPING]
+        return folder, train.cli([*TINY, *flags])
+
+
+def save_after_every_update(monkeypatch) -> None:
+    monkeypatch.setattr(tracking, "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr(tracking, "LOG_EVERY", 2)
 
 
 class Killed(Exception):
@@ -51,13 +87,13 @@ def weights(folder: Path) -> dict:
     return {f"{name}.{k}": v for name, net in nets.items() for k, v in net.items()}
 
 
-def test_a_run_leaves_complete_results(go, tmp_path):
-    final = go()
-    assert json.loads((tmp_path / "run" / "final.json").read_text()) == final
-    assert {p.name for p in (tmp_path / "run").iterdir()} >= {
+def test_a_run_leaves_complete_results(finished):
+    folder, final = finished
+    assert json.loads((folder / "final.json").read_text()) == final
+    assert {p.name for p in folder.iterdir()} >= {
         "metrics.csv", "checkpoint.pt", "run.png", "final.json",
     }  # fmt: skip
-    assert (tmp_path / "run" / "run.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "run.png").read_bytes()[:4] == b"\x89PNG"
     expected = {
         "args": {"env_id", "horizon", "seed"},
         "dataset": {"path", "sha256", "episodes", "transitions", "return_mean", "return_std"},
@@ -71,32 +107,27 @@ def test_a_run_leaves_complete_results(go, tmp_path):
     for part, keys in expected.items():
         assert keys <= set(final[part]), part
     assert {"commit", "versions", "device", "backend", "env_id", "seed"} <= set(final)
-    assert final["eval"]["episodes"] == 24 and final["backend"] == "smax"
+    assert final["eval"]["episodes"] == 16 and final["backend"] == "smax"
     assert all(math.isfinite(v) for v in final["world_model"].values() if isinstance(v, float))
     assert all(v > 0 for k, v in final["time"].items() if k.endswith("per_s"))
-    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    rows = (folder / "metrics.csv").read_text().splitlines()
     assert rows[0] == "phase,update,metric,value"
     assert {r.split(",")[0] for r in rows[1:]} == {"clone", "wm", "policy", "eval"}
 
 
-def test_scores_depend_on_the_seed_alone(go, tmp_path):
-    first, again, other = go(out="a"), go(out="b"), go("--seed", "2", out="c")
+def test_scores_depend_on_the_seed_alone(go, finished, tmp_path):
+    (folder, first), again, other = finished, go(out="b"), go("--seed", "2", out="c")
     assert scores(first) == scores(again)
-    a, b, c = (weights(tmp_path / x) for x in "abc")
+    a, b, c = (weights(x) for x in (folder, tmp_path / "b", tmp_path / "c"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert scores(first) != scores(other) and any(not torch.equal(a[k], c[k]) for k in a)
 
 
 @pytest.mark.parametrize("steps", [[0], [3], [9], [12, 5], [17], [18, 3, 1], [21]])
-def test_a_killed_and_resumed_run_ends_the_same(go, tmp_path, monkeypatch, steps):
-    """Killed, once or more, after so many gradient steps: 6 of the clone, 4 of the model, 12.
-
-    D_m's ring of two collections wraps around, since every update of the policy adds one.
-    """
-    monkeypatch.setattr(tracking, "CHECKPOINT_SHARE", math.inf)  # after every update
-    monkeypatch.setattr(tracking, "LOG_EVERY", 2)
-    wrapping = ("--rollout-interval", "1")
-    whole, descend = go(*wrapping, out="whole"), macql.descend
+def test_a_killed_and_resumed_run_ends_the_same(go, whole, tmp_path, monkeypatch, steps):
+    """Killed, once or more, after so many gradient steps: 6 of the clone, 4 of the model, 12."""
+    save_after_every_update(monkeypatch)
+    descend = macql.descend
     for life, left in enumerate(steps):
         done = [0]
 
@@ -109,23 +140,23 @@ def test_a_killed_and_resumed_run_ends_the_same(go, tmp_path, monkeypatch, steps
         monkeypatch.setattr(train, "descend", dying)
         monkeypatch.setattr(macql, "descend", dying)
         with pytest.raises(Killed):
-            go(*wrapping, *(["--resume"] if life else []), out="killed")
+            go(*WRAPPING, *(["--resume"] if life else []), out="killed")
         assert not (tmp_path / "killed" / "final.json").exists()
     monkeypatch.setattr(train, "descend", descend)
     monkeypatch.setattr(macql, "descend", descend)
-    resumed = go(*wrapping, "--resume", out="killed")
-    assert scores(resumed) == scores(whole)
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    resumed, (folder, final) = go(*WRAPPING, "--resume", out="killed"), whole
+    assert scores(resumed) == scores(final)
+    a, b = weights(folder), weights(tmp_path / "killed")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    rows = [(tmp_path / x / "metrics.csv").read_text() for x in ("whole", "killed")]
+    rows = [(x / "metrics.csv").read_text() for x in (folder, tmp_path / "killed")]
     assert rows[0] == rows[1]
 
 
-def test_checkpoints_are_due_by_their_cost(go, monkeypatch):
+def test_checkpoints_are_due_by_their_cost(go, toy, monkeypatch):
     saved, save = [], tracking.Run.save
     monkeypatch.setattr(tracking.Run, "save", lambda run: (saved.append(1), save(run)))
     monkeypatch.setattr(tracking, "CHECKPOINT_SHARE", 0.0)  # at the start and after each phase
-    go()
+    go(*toy)
     assert len(saved) == 4
 
 
@@ -145,11 +176,14 @@ FLAGS = [
 BESIDE = {"--gamma 0.5": "--no-clamp"}  # untrained values are below 0, where they are clamped
 
 
-def test_every_flag_that_branches_runs_and_has_an_effect(go, tmp_path, monkeypatch):
-    """On data that nothing plays, because the episodes would take longer than the training."""
-    monkeypatch.setattr(train.report, "draw", lambda *_: None)  # takes a second each
-    datasets.save_episodes(tmp_path / "toy.h5", battles(), {"env_id": "toy"})
-    toy = ("--dataset", str(tmp_path / "toy.h5"), "--env-id", "toy")
+def test_every_flag_that_branches_runs_and_has_an_effect(go, toy, tmp_path, monkeypatch):
+    save = tracking.Run.save
+
+    def save_at_the_end(run):  # each takes as long as a phase
+        if run.progress["policy"] == run.args.updates:
+            save(run)
+
+    monkeypatch.setattr(tracking.Run, "save", save_at_the_end)
     go(*toy, out="plain")
     plain, results = weights(tmp_path / "plain"), {}
     for i, flags in enumerate(FLAGS):
@@ -166,16 +200,16 @@ def test_every_flag_that_branches_runs_and_has_an_effect(go, tmp_path, monkeypat
     assert all(results.values()), f"without effect: {[k for k, v in results.items() if not v]}"
 
 
-def test_without_model_it_is_macql_without_critic_cloning(go, tmp_path):
-    macql = go("--synthetic-fraction", "0", out="macql")
+def test_without_model_it_is_macql_without_critic_cloning(go, toy, tmp_path):
+    macql = go(*toy, "--synthetic-fraction", "0", out="macql")
     assert macql["world_model"] is None and macql["time"]["wm_updates_per_s"] == 0
-    clone = go("--synthetic-fraction", "0", "--critic", "none", out="bc")
+    clone = go(*toy, "--synthetic-fraction", "0", "--critic", "none", out="bc")
     rows = (tmp_path / "bc" / "metrics.csv").read_text()
     assert "q_td" not in rows and "pi_bc" in rows and clone["world_model"] is None
 
 
-def test_paper_sets_the_literal_reading_and_flags_still_count(go, tmp_path):
-    final = go("--paper", "--gamma", "0.9", "--no-warm-start", "--critics", "3")
+def test_paper_sets_the_literal_reading_and_flags_still_count(go, toy):
+    final = go(*toy, "--paper", "--gamma", "0.9", "--no-warm-start", "--critics", "3")
     args = final["args"]
     of_tiny = {"model_retain": 2, "u_scale": 5.0, "imagine_after": 0.17}
     expected = train.PAPER | of_tiny | {"gamma": 0.9, "critics": 3}
@@ -254,14 +288,14 @@ def test_a_gpu_that_is_not_there_is_refused(go, monkeypatch):
         go("--device", "cuda")
 
 
-def test_a_checkpoint_of_other_flags_is_refused(go):
-    go()
+def test_a_checkpoint_of_other_flags_is_refused(go, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
     with pytest.raises(SystemExit, match="--gamma 0.99"):
         go("--resume", "--gamma", "0.9")
 
 
-def test_a_broken_checkpoint_is_refused(go, tmp_path):
-    go()
+def test_a_broken_checkpoint_is_refused(go, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(SystemExit, match="no checkpoint of this program"):
         go("--resume")
@@ -271,7 +305,7 @@ def test_a_large_seed_plays(go):
     assert math.isfinite(go("--seed", "123456789")["eval"]["return_mean"])
 
 
-def test_a_diverging_rollout_stops_the_run(go, monkeypatch):
+def test_a_diverging_rollout_stops_the_run(go, toy, monkeypatch):
     imagine = train.LogoWM.imagine
 
     def diverging(*args):
@@ -280,7 +314,7 @@ def test_a_diverging_rollout_stops_the_run(go, monkeypatch):
 
     monkeypatch.setattr(train.LogoWM, "imagine", diverging)
     with pytest.raises(SystemExit, match="policy update 2: the uncertainty"):
-        go()
+        go(*toy)
 
 
 def test_a_dataset_with_nan_is_refused(go, dataset, tmp_path):
