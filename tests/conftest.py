@@ -56,6 +56,7 @@ def program(monkeypatch, capsys):
     def program(module: str, *arguments) -> subprocess.CompletedProcess:
         line, code = [module, *map(str, arguments)], 0
         monkeypatch.setattr(sys, "argv", line)
+        monkeypatch.delitem(sys.modules, f"{module}.__main__", raising=False)
         capsys.readouterr()
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
