@@ -1,7 +1,7 @@
 """The paper's other methods, one file each, on train.py's loop, data and evaluation.
 
-  learners      cfcql.py  omar.py  omiga.py                  in MACQL's place, on real rows alone
-  world models  direct.py ensemble.py morel.py sumo.py       in LOGO's place, under MACQL
+  learners      cfcql.py  omar.py  omiga.py                       in MACQL's place, on real rows
+  world models  direct.py ensemble.py morel.py sumo.py mamba.py   in LOGO's place, under MACQL
   joint.py      what the world models have in common: inputs, outputs, heads
 
     python -m baselines.omiga --env-id 3s_vs_5z        train, with train.py's flags and its own
