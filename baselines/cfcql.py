@@ -5,8 +5,8 @@ agents at once, and becomes more pessimistic with every further agent. CFCQL cha
 action and keeps the others' as they are in the data (a counterfactual), for every agent in turn,
 and weighs the agents. Everything else is MACQL's: critic, target, policies, cloning.
 
-  R(Q) = sum_i lambda_i E[log sum_{a_i} exp Q(s, a_i, a_-i)] - E[Q(s, a)]      Eq. (6) of its paper
-  lambda_i = softmax_i(temperature * KL(pi_i || beta_i)), or 1/N               its Eq. (12)
+  R(Q) = sum_i lambda_i E[log sum_{a_i} exp Q(s, a_i, a_-i)] - E[Q(s, a)]
+  lambda_i = softmax_i(temperature * KL(pi_i || beta_i)), or 1/N
 
 pi_i is the soft-max of the values of i's counterfactual actions, and beta the data's policy.
 
@@ -112,7 +112,7 @@ def agent_weights(q: torch.Tensor, beta: torch.Tensor, avail: torch.Tensor, temp
     log_pi = q.masked_fill(avail == 0, -torch.inf).log_softmax(-1)
     ratio = torch.where(avail == 0, 0.0, log_pi - beta.clamp(min=1e-6).log())
     kl = (log_pi.exp() * ratio).sum(-1)  # (B,N)
-    return torch.softmax(temperature * kl, -1)  # CFCQL Eq. (12)
+    return torch.softmax(temperature * kl, -1)  # CFCQL lambda_i
 
 
 def critic_loss(
@@ -133,7 +133,7 @@ def critic_loss(
         weights = agent_weights(q, beta(batch.obs, batch.avail), batch.avail, temperature)
     assert q_data.shape == of_all.shape[:2] == (critic.critics, size)
     gap = ((weights * of_all).sum(-1) - q_data) * real_weights(is_real)
-    regularisation = gap.mean(1).sum()  # CFCQL Eq. (6)
+    regularisation = gap.mean(1).sum()  # CFCQL R(Q)
     parts |= {"data": q_data.mean().detach(), "all": of_all.mean().detach()}
     return loss + alpha * regularisation, parts | {"gap": regularisation.detach()}
 
