@@ -401,8 +401,8 @@ def _self_check():
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     test = SimpleNamespace(**{k: None if v is None else v[:1000] for k, v in vars(data).items()})
     g = torch.Generator().manual_seed(0)
-    for k in range(601):
-        if k % 200 == 0:
+    for k in range(301):
+        if k % 100 == 0:
             out = model.step(test.obs, test.state, test.actions)
             error = (out["next_state"] - test.next_state).square().mean().item()
             still = (test.state - test.next_state).square().mean().item()
@@ -414,7 +414,7 @@ def _self_check():
                 f"rank correlation of u with the error {rho:.2f}"
             )
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - k / 601)
+            group["lr"] = 3e-3 * (1 - k / 301)
         rows = torch.randint(1000, size, (256,), generator=g)
         batch = {k: None if v is None else v[rows] for k, v in vars(data).items()}
         loss, _ = model.loss(SimpleNamespace(**batch))
