@@ -39,10 +39,12 @@ def errors(
     flags: str = "",
     results: Path = ERRORS,
 ) -> None:
-    """Train every world model, and record its one-step errors; rows that exist are kept.
+    """Train every world model, and record its one-step errors.
+
+    Rows that the same command has made are kept; those of other flags are replaced.
 
     Args:
-        env_ids: tasks
+        env_ids: tasks; with --dataset the task is the file's
         quality: of the data that the models are trained on
         other: quality of further data on which they are tested
         dataset: a file of recorded episodes to train and test on instead, e.g. of StarCraft II
@@ -51,24 +53,29 @@ def errors(
         flags: more flags of train.py for every model, e.g. --flags="--threads 1"
         results: file that receives a row per model and kind of data
     """
-    known = {row.key for row in read(results, Error)} if results.exists() else set()
+    before = read(results, Error) if results.exists() else []
+    known = {(row.key, row.command) for row in before}  # with other flags it is trained anew
     kinds = {"logo": train.Args}
     kinds |= {m: importlib.import_module(f"baselines.{m}").Args for m in models if m != "logo"}
-    for env_id in dict.fromkeys(env_ids if dataset is None else env_ids[:1]):
-        given = ["--env-id", env_id, "--quality", quality, *shlex.split(flags)]
-        given += ["--dataset", str(dataset)] if dataset else []
+    sources = [["--env-id", x, "--quality", quality] for x in dict.fromkeys(env_ids)]
+    for source in sources if dataset is None else [["--dataset", str(dataset)]]:
+        given = [*source, *shlex.split(flags)]
         args = train.parse(given)
         setup.check_args(args)
         device, path = setup.choose_device(args), setup.find_dataset(args)
         data, metadata = load_dataset(path, 0.05, 0, device, args.env_id)
         tests = {metadata.get("quality", path.stem): data}
         if dataset is None:
-            file = behaviour.load_or_record(env_id, other, args.episodes)
+            file = behaviour.load_or_record(args.env_id, other, args.episodes)
             tests[other] = load_dataset(file, 0.05, 0, device, args.env_id)[0]
         trained_on = next(iter(tests))
         for model, seed in [(m, s) for s in seeds for m in models]:
-            wanted = [(model, args.env_id, trained_on, t, seed) for t in tests]
-            if known.issuperset(wanted):
+            of = ["--env-ids" if x == "--env-id" else x for x in source]
+            command = ["python", "-m", "benchmark", "errors", *of, "--models", model]
+            command += ["--other", other] if dataset is None else []
+            command += ["--seeds", str(seed), *([f"--flags={flags}"] if flags else [])]
+            keys = [(model, args.env_id, trained_on, test, seed) for test in tests]
+            if known.issuperset((key, shlex.join(command)) for key in keys):
                 continue
             args = train.parse([*given, "--seed", str(seed)], kinds[model])
             setup.check_args(args)
@@ -78,14 +85,9 @@ def errors(
                 "wm_updates": args.wm_updates, "total_s": time.time() - started,
                 "parameters": sum(p.numel() for p in world_model.parameters()),
                 "commit": setup.commit(), "machine": machine(device.type), "versions": versions(),
-                "command": shlex.join(
-                    ["python", "-m", "benchmark", "errors", "--env-ids", env_id, "--quality",
-                     quality, *(["--dataset", str(dataset)] if dataset else []), "--models", model,
-                     "--seeds", str(seed), *([f"--flags={flags}"] if flags else [])]
-                ),
+                "command": shlex.join(command),
             }  # fmt: skip
-            for tested_on, test in tests.items():
-                key = (model, args.env_id, trained_on, tested_on, seed)
+            for key, test in zip(keys, tests.values(), strict=True):
                 record(results, Error(*key, **measures(world_model, data, test), **about))
 
 

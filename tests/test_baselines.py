@@ -198,7 +198,7 @@ def test_a_flag_without_effect_is_refused(flags, capsys):
 
 def test_errors_are_recorded_once(dataset, tmp_path):
     file = tmp_path / "errors.csv"
-    given = {"env_ids": ("3s_vs_5z",), "dataset": dataset, "models": ("logo", "ensemble")}
+    given = {"dataset": dataset, "models": ("logo", "ensemble")}
     flags = "--wm-updates 3 --hidden 8 --wm-batch-size 8 --threads 1"
     errors.errors(**given, flags=flags, results=file)
     rows = read(file, Error)
@@ -206,3 +206,5 @@ def test_errors_are_recorded_once(dataset, tmp_path):
     before = file.read_bytes()
     errors.errors(**given, flags=flags, results=file)  # nothing is trained twice
     assert file.read_bytes() == before
+    errors.errors(**given, flags=flags.replace("updates 3", "updates 2"), results=file)
+    assert {r.wm_updates for r in read(file, Error)} == {2}
