@@ -1,28 +1,27 @@
 """A grid of runs of train.py: tasks x qualities of the data x methods x seeds.
 
-Every run is one process. A grid goes on where it stopped: finished runs are not repeated, an
-interrupted one is resumed from its checkpoint. Each finished run becomes a row of the results.
+Every run is one process, here or on a Ray cluster (launchers.py). A grid goes on where it stopped:
+finished runs are not repeated, an interrupted one is resumed from its checkpoint. Each finished run
+becomes a row of the results, which this process alone writes.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
-import os
 import shlex
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from tqdm import tqdm
 
 import train
 from behaviour import Quality
+from benchmark.launchers import End, Run, locally, on_ray, processor
 from benchmark.oracle import PARTS
-from benchmark.rows import CEILING, DEPTH, ROOT, RUNS, Result, depths, machine, read, record, result
+from benchmark.rows import CEILING, DEPTH, RUNS, Result, depths, read, record, result
 from envs import PAPER_SMAC
 from experiment.setup import check_args
 from experiment.tracking import MAY_DIFFER, plain
@@ -42,19 +41,6 @@ ORACLES = {  # name -> flags of benchmark/oracle.py: what D_m is filled with
 GIVEN = ["--env-id", "--quality", "--seed", "--out", "--resume"]  # by the grid, to every run
 # flags that have a column of their own, or that do not change what is computed
 NOT_IN_VARIANT = (*MAY_DIFFER, "env_id", "quality", "dataset", "backend", "seed", "paper")
-RUNNING: list[subprocess.Popen] = []  # the runs' processes, to pass an interrupt on to them
-
-
-class Run(NamedTuple):
-    """One call of train.py."""
-
-    method: str
-    variant: str  # flags that differ from the method's defaults
-    quality: str  # of the data; with --dataset: the file's name
-    folder: Path
-    program: list[str]  # train.py, a baseline, or benchmark.oracle and its own flags
-    flags: list[str]  # of train.py, all but --out and --resume
-    args: train.Args  # what the flags mean
 
 
 def variant(args: train.Args, usual: train.Args) -> str:
@@ -103,26 +89,14 @@ def plan(env_ids, qualities, methods, seeds, flags: str, out: Path) -> list[Run]
     return runs
 
 
-def finish(run: Run, results: Path) -> str | None:
-    """Train one run to its end and record its row; returns what went wrong, if anything did."""
+def keep(run: Run, where: str, results: Path, known: bool = False) -> str | None:
+    """Record the row of a finished run; returns what is wrong with it, if anything is.
+
+    Args:
+        where: processors on which it was trained.
+        known: it was finished before this grid, so the row may be there and is not written again.
+    """
     file = run.folder / "final.json"
-    if not (finished := file.exists()):
-        log = run.folder.with_name(run.folder.name + ".log")
-        command = [sys.executable, *run.program, *run.flags, "--out", str(run.folder)]
-        command[1] = command[1].replace("train.py", str(ROOT / "train.py"))
-        if (run.folder / "checkpoint.pt").exists():
-            command.append("--resume")
-        with log.open("w") as text:
-            paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # and the user's
-            variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-            process = subprocess.Popen(command, stdout=text, stderr=text, env=variables,
-                                       start_new_session=True)  # fmt: skip
-            RUNNING.append(process)
-            status = process.wait()
-            RUNNING.remove(process)
-        if status:
-            last = log.read_text().splitlines()[-1:] or [f"exit status {status}"]
-            return f"{run.folder.name}: {last[0]} (see {log})"
     try:
         final = json.loads(file.read_text())
         theirs, mine = final["args"], plain(run.args)
@@ -131,11 +105,14 @@ def finish(run: Run, results: Path) -> str | None:
             told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ)
             return f"{file} is of a run with {told}: give the same --flags, or another --out"
         command = shlex.join(["python", *run.program, *run.flags])
-        where = machine(final["device"].split()[0])
+        device, _, gpu = final["device"].partition(" ")
+        where += f", {gpu}" if device == "cuda" else ""
         row = result(final, run.method, run.variant, run.quality, where, command)
+    except FileNotFoundError:
+        return f"{file} was not written: --out must be in a file system that all nodes share"
     except (ValueError, KeyError, TypeError) as e:
         return f"{file} is not of a finished run ({e!r}): delete its folder"
-    recorded = read(results, Result) if finished and results.exists() else []
+    recorded = read(results, Result) if known and results.exists() else []
     if (row.key, row.commit) not in [(old.key, old.commit) for old in recorded]:
         record(results, row)
         if (file := run.folder / "depth.json").exists():
@@ -154,6 +131,7 @@ def grid(
     flags: str = "",
     out: Path = Path("runs/grid"),
     results: Path = RUNS,
+    launcher: Literal["local", "ray"] = "local",
 ) -> None:
     """Train every run that is not finished yet, and record each in the file of results.
 
@@ -166,26 +144,26 @@ def grid(
         flags: more flags of train.py for every run, e.g. --flags="--threads 1"
         out: folder of the runs and of their logs
         results: file that receives a row per run, in place of an older row of the same run
+        launcher: local: processes on this machine; ray: tasks on the Ray cluster of RAY_ADDRESS or
+            of this machine, each with one CPU and, if the cluster has any and --flags does not say
+            --device cpu, a quarter of a GPU. All nodes must share the folder `out` and the project
     """
     if jobs < 1:
         raise ValueError(f"--jobs {jobs}: give 1 or more.")
+    if launcher == "ray" and jobs > 1:
+        raise ValueError("--jobs is for --launcher local: Ray itself starts as many runs as fit.")
     if results.exists():
         read(results, Result)  # refuse another file before hours of work
     runs, started = plan(env_ids, qualities, methods, seeds, flags, out), time.time()
-    pool, failures = ThreadPoolExecutor(jobs), []
-    try:
-        tasks = [pool.submit(finish, run, results) for run in runs]
-        for task in tqdm(as_completed(tasks), total=len(tasks), unit="run"):
-            if failure := task.result():
+    known = [run for run in runs if (run.folder / "final.json").exists()]
+    missing, failures = [run for run in runs if run not in known], []
+    ends = on_ray(missing) if launcher == "ray" and missing else locally(missing, jobs)
+    with contextlib.closing(ends):  # after an error, too, the runs save and end
+        finished = (End(run, None, processor()) for run in known)
+        for run, failure, where in tqdm(chain(finished, ends), total=len(runs), unit="run"):
+            if failure := failure or keep(run, where, results, run in known):
                 failures.append(failure)
                 tqdm.write(failure)
-    except KeyboardInterrupt:  # no further run begins, and those that run save and end
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in [*RUNNING]:
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
     print(f"{len(runs) - len(failures)} of {len(runs)} runs are in {results}, "
           f"{time.time() - started:.0f} s; python -m benchmark tables")  # fmt: skip
     if failures:
@@ -201,6 +179,7 @@ def ceiling(
     flags: str = "",
     out: Path = Path("runs/ceiling"),
     results: Path = CEILING,
+    launcher: Literal["local", "ray"] = "local",
 ) -> None:
     """What a perfect model would be worth: D_m filled by the simulator, part by part by LOGO.
 
@@ -214,5 +193,6 @@ def ceiling(
         flags: more flags of train.py for every run
         out: folder of the runs and of their logs
         results: file that receives a row per run; the values by depth go to depth.csv beside it
+        launcher: as of `grid`
     """
-    grid(env_ids, qualities, methods, seeds, jobs, flags, out, results)
+    grid(env_ids, qualities, methods, seeds, jobs, flags, out, results, launcher)

@@ -9,9 +9,7 @@ import csv
 import dataclasses
 import io
 import math
-import os
 import platform
-import re
 import threading
 from pathlib import Path
 from typing import TypeVar, get_args
@@ -19,9 +17,9 @@ from typing import TypeVar, get_args
 import numpy as np
 import torch
 
+from benchmark.launchers import ROOT, processor
 from datasets import write_atomic
 
-ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "results" / "runs.csv"
 CEILING = ROOT / "results" / "ceiling.csv"
 DEPTH = ROOT / "results" / "depth.csv"
@@ -248,11 +246,8 @@ def read(path: Path, kind: type[T]) -> list[T]:
 
 def machine(device: str) -> str:
     """Model and number of the processors, and the GPU's name where `device` is "cuda"."""
-    model, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
-        model = found.group(1)
     gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
-    return f"{model}, {os.cpu_count()} cores{gpu}"
+    return f"{processor()}{gpu}"
 
 
 def versions() -> str:

@@ -16,7 +16,7 @@ import scipy.stats
 
 import train
 from benchmark import __main__ as command_line
-from benchmark import figures, grid, tables
+from benchmark import figures, grid, launchers, tables
 from benchmark.markdown import fill, fill_files
 from benchmark.rows import ROOT, Depth, Error, Result, read, record, result, write
 from experiment.tracking import plain
@@ -64,7 +64,7 @@ def trainings(monkeypatch):
             (out / "depth.json").write_text(json.dumps(dict.fromkeys(BY_DEPTH, [0.5, None])))
         return SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(grid.subprocess, "Popen", run)
+    monkeypatch.setattr(launchers.subprocess, "Popen", run)
     return calls
 
 
@@ -110,7 +110,7 @@ def test_an_interrupted_grid_ends_its_runs_and_starts_no_more(tmp_path, monkeypa
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return SimpleNamespace(wait=lambda: 143 if ended.wait(20) else 0, terminate=ended.set)
 
-    monkeypatch.setattr(grid.subprocess, "Popen", start)
+    monkeypatch.setattr(launchers.subprocess, "Popen", start)
     line = ["grid", "--env-ids", "3s_vs_5z", "--qualities", "medium", "--seeds", "1", "2"]
     with pytest.raises(SystemExit) as error:
         command_line.cli([*line, "--out", str(tmp_path), "--results", str(tmp_path / "runs.csv")])
