@@ -1,7 +1,8 @@
 """Every table of results, made from results/runs.csv alone: the same rows give the same text.
 
-A cell is a task, a simulator and a quality of the data; scores of different simulators never
-share a line. Means are over seeds, ± is half of a 95 % interval over seeds by Student's t.
+A cell is a task, a simulator and a quality of the data; scores of different simulators never share
+a line, except as shares of a return (`aggregate`, `iqm`). Means are over seeds, ± is half of a 95 %
+interval over seeds by Student's t.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ import numpy as np
 
 from behaviour import Quality
 from benchmark.grid import BASELINES, METHODS, ORACLES, WORLD_MODELS
+from benchmark.iqm import iqm_table
 from benchmark.markdown import fill_files, table
 from benchmark.oracle import PARTS
 from benchmark.rows import CEILING, ERRORS, ROOT, RUNS, SPEED, Error, Result, read
@@ -318,7 +320,8 @@ def results_tables(rows: list[Result]) -> dict[str, str]:
     """All tables of results by the names that the texts' markers use."""
     groups = group(rows)
     makers = (comparison, field, scores, differences, aggregate, world_model, origin)
-    return {make.__name__.replace("_", "-"): make(groups) for make in makers}
+    made = {make.__name__.replace("_", "-"): make(groups) for make in makers}
+    return made | {"iqm": iqm_table(groups, NAMES)}
 
 
 def tables(

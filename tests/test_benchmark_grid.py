@@ -16,7 +16,7 @@ import scipy.stats
 
 import train
 from benchmark import __main__ as command_line
-from benchmark import figures, grid, launchers, tables
+from benchmark import figures, grid, iqm, launchers, tables
 from benchmark.markdown import fill, fill_files
 from benchmark.rows import ROOT, Depth, Error, Result, read, record, result, write
 from experiment.tracking import plain
@@ -215,6 +215,44 @@ def test_the_aggregate_is_over_cells_in_shares_of_macqls_return():
     low, high = map(float, every[5].split(" to "))
     assert -12.5 <= low < 4.4 < high <= 20.0  # the worst and the best seed alone
     assert untuned == ["not tuned on", "1", "2", "0", "-6.2", ""]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 24])
+def test_the_interquartile_mean_is_scipys_trimmed_mean(count):
+    x = np.random.default_rng(count).normal(size=(5, count))
+    kept = [sorted(row)[count // 4 : count - count // 4] for row in x.tolist()]
+    np.testing.assert_allclose(iqm.iqm(x), [sum(row) / len(row) for row in kept])
+    np.testing.assert_allclose(iqm.iqm(x), scipy.stats.trim_mean(x, 0.25, axis=1))
+
+
+def test_the_bootstrap_draws_seeds_within_cells(monkeypatch):
+    monkeypatch.setattr(iqm, "DRAWS", 3000)
+    cells, rng = [[1.0, 1.2, 1.1], [5.0, 6.0], [2.0]], random.Random(0)
+    naive = []
+    for _ in range(3000):
+        drawn = [rng.choice(cell) for cell in cells for _ in cell]
+        naive.append(scipy.stats.trim_mean(drawn, 0.25))
+    expected = np.quantile(naive, (0.025, 0.975))
+    np.testing.assert_allclose(iqm.interval(cells), expected, atol=0.1)
+    assert iqm.interval([[1.0], [2.0]]) is None  # nothing to draw
+    assert iqm.interval([[1.0, 1.0], [2.0, 2.0]]) == (1.5, 1.5)  # never one cell for another
+
+
+def test_the_iqm_is_of_default_runs_and_says_how_many():
+    rows = [
+        *(row("logo", s, m, data_return=10.0) for s, m in ((1, 10.0), (2, 20.0), (3, 70.0))),
+        row("logo", 1, 40.0, data_return=20.0, env_id="2s3z"),
+        row("macql", 2, 15.0, data_return=10.0), row("macql", 4, 99.0, data_return=10.0),
+        row("macql", 1, 500.0, data_return=1.0, variant="--paper"),
+        row("macql", 1, 5.0, data_return=-1.0, env_id="Hopper-3x1"),
+    ]  # fmt: skip
+    lines = iqm.iqm_table(tables.group(rows), tables.NAMES).splitlines()[2:]
+    logo, macql, *others = ([x.strip() for x in line.split("|")[1:-1]] for line in lines)
+    assert logo[:5] == ["LOGO", "2 of 3", "4", "1-3", "2.000"]  # of 1, 2, 2, 7
+    assert macql[:5] == ["MACQL", "1 of 3", "2", "2", "5.700"]
+    assert macql[6:] == ["+0.500", "", "1, 1"] and logo[6:] == ["", "", ""]  # of seed 2
+    assert len(others) == len(grid.BASELINES)
+    assert all(x[1:5] == ["0 of 3", "0", "", "not run"] for x in others)
 
 
 def test_the_ceiling_has_a_column_for_each_content_of_d_m():

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from test_benchmark_grid import final_of
 
-from benchmark import __main__ as command_line
 from benchmark import grid, launchers
 from benchmark.rows import ROOT, Result, read
-from datasets.errors import Interrupted, handling, interrupt
+from datasets.errors import Interrupted, handling, interrupt, one_sentence
 
 WHAT = {"env_ids": ("3s_vs_5z",), "qualities": ("medium",), "flags": "--threads 1 --device cpu"}
 FAILS, KILLS_ONCE, KILLS, WAITS, WAITS_TOO, LATER = range(11, 17)  # seeds
@@ -143,12 +142,13 @@ def test_an_interrupt_ends_the_runs_on_ray(cluster, run, tmp_path):
 
 def test_without_ray_one_sentence_says_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
-    line = ["grid", "--launcher", "ray", "--out", str(tmp_path), "--env-ids", "3s_vs_5z"]
-    line += ["--qualities", "medium", "--methods", "logo", "--seeds", "1"]
-    with pytest.raises(SystemExit, match=r"^python -m benchmark: --launcher ray needs Ray: pip "):
-        command_line.cli([*line, "--results", str(tmp_path / "runs.csv")])
-    with pytest.raises(SystemExit, match="--jobs is for --launcher local"):
-        command_line.cli([*line, "--jobs", "2"])
+    where = {"out": tmp_path, "results": tmp_path / "runs.csv", "launcher": "ray"}
+    with pytest.raises(SystemExit) as error, one_sentence("python -m benchmark"):
+        grid.grid(**WHAT, methods=("logo",), seeds=(1,), **where)
+    sentence = f"--launcher ray needs Ray: pip install ray=={launchers.RAY_VERSION}."
+    assert error.value.code == f"python -m benchmark: {sentence}"
+    with pytest.raises(ValueError, match="--jobs is for --launcher local"):
+        grid.grid(jobs=2, **where)
 
 
 def test_ray_is_tested_with_the_version_that_is_named():
