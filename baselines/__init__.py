@@ -2,6 +2,7 @@
 
   learners      cfcql.py  omar.py  omiga.py                       in MACQL's place, on real rows
   world models  direct.py ensemble.py morel.py sumo.py mamba.py   in LOGO's place, under MACQL
+  planning.py                   policies drawn towards the best of three actions by LOGO's model
   joint.py      what the world models have in common: inputs, outputs, heads
 
     python -m baselines.omiga --env-id 3s_vs_5z        train, with train.py's flags and its own

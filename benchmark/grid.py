@@ -31,7 +31,7 @@ METHODS = {  # name -> flags of train.py
     "macql": ["--synthetic-fraction", "0"],
 }
 WORLD_MODELS = "direct", "ensemble", "morel", "sumo", "mamba"  # files of baselines/, under MACQL
-BASELINES = ("cfcql", "omar", "omiga", *WORLD_MODELS)
+BASELINES = ("cfcql", "omar", "omiga", "planning", *WORLD_MODELS)
 ORACLES = {  # name -> flags of benchmark/oracle.py: what D_m is filled with
     "windows": ["--windows"],
     "simulator": [],

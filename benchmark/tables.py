@@ -31,6 +31,7 @@ NAMES = {  # a method that is not here: its key
     "macql": "MACQL",
     "bc": "cloning",
     **{name: name.upper() for name in BASELINES},
+    "planning": "MACQL with planning (MPC)",
     "direct": "direct prediction",
     "ensemble": "ensemble (MOPO)",
     "morel": "MOReL",
