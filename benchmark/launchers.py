@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -183,12 +184,18 @@ def connect() -> tuple:
     if ray.is_initialized():
         return ray, False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
+    if ":" in (address := os.environ.get("RAY_ADDRESS", "")) and "://" not in address:
+        host, _, port = address.rpartition(":")  # Ray itself would try for minutes, then end us
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, ValueError, OverflowError) as e:
+            raise ConnectionError(f"RAY_ADDRESS: nothing answers at {address} ({e}).") from e
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     before = signal.getsignal(signal.SIGTERM)  # Ray puts its own handler there
     try:
         context, what = ray.init("auto", **quiet), "the cluster"
     except ConnectionError as e:
-        if address := os.environ.get("RAY_ADDRESS"):
+        if address:
             raise ConnectionError(f"RAY_ADDRESS: no Ray cluster answers at {address}.") from e
         context, what = ray.init("local", include_dashboard=False, **quiet), "started one"
     signal.signal(signal.SIGTERM, before)

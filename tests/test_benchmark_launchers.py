@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_benchmark_grid import final_of
@@ -140,15 +141,22 @@ def test_an_interrupt_ends_the_runs_on_ray(cluster, run, tmp_path):
     assert seen == [(seed, what) for seed in waiting for what in ("began", "saved")]
 
 
-def test_without_ray_one_sentence_says_how_to_install_it(monkeypatch, tmp_path):
+def test_without_ray_one_sentence_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    where = {"out": tmp_path, "results": tmp_path / "runs.csv", "launcher": "ray"}
     with pytest.raises(SystemExit) as error, one_sentence("python -m benchmark"):
-        grid.grid(**WHAT, methods=("logo",), seeds=(1,), **where)
+        next(launchers.on_ray([]))
     sentence = f"--launcher ray needs Ray: pip install ray=={launchers.RAY_VERSION}."
     assert error.value.code == f"python -m benchmark: {sentence}"
     with pytest.raises(ValueError, match="--jobs is for --launcher local"):
-        grid.grid(jobs=2, **where)
+        grid.grid(jobs=2, launcher="ray")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "here:x", "127.0.0.1:99999"])
+def test_an_address_without_a_cluster_is_named(address, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConnectionError, match=f"RAY_ADDRESS: nothing answers at {address}"):
+        launchers.connect()
 
 
 def test_ray_is_tested_with_the_version_that_is_named():
