@@ -20,7 +20,8 @@ import behaviour
 import train
 from behaviour import Quality
 from benchmark.grid import WORLD_MODELS
-from benchmark.rows import ERRORS, Error, machine, read, record, versions
+from benchmark.rows import ERRORS, POINTS, Error, Point, machine, read, record, versions
+from benchmark.states import points
 from buffer import OfflineDataset
 from datasets import load_dataset
 from envs import Spec
@@ -51,10 +52,13 @@ def errors(
         models: logo, or world models of baselines/ by their names
         seeds: of networks and batches
         flags: more flags of train.py for every model, e.g. --flags="--threads 1"
-        results: file that receives a row per model and kind of data
+        results: file that receives a row per model and kind of data; some predictions of data of
+            the other quality go to points.csv beside it
     """
     before = read(results, Error) if results.exists() else []
     known = {(row.key, row.command) for row in before}  # with other flags it is trained anew
+    places = results.with_name(POINTS.name)
+    drawn = {p.key[:-1] for p in (read(places, Point) if places.exists() else [])}
     kinds = {"logo": train.Args}
     kinds |= {m: importlib.import_module(f"baselines.{m}").Args for m in models if m != "logo"}
     sources = [["--env-id", x, "--quality", quality] for x in dict.fromkeys(env_ids)]
@@ -75,7 +79,8 @@ def errors(
             command += ["--other", other] if dataset is None else []
             command += ["--seeds", str(seed), *([f"--flags={flags}"] if flags else [])]
             keys = [(model, args.env_id, trained_on, test, seed) for test in tests]
-            if known.issuperset((key, shlex.join(command)) for key in keys):
+            has_points = dataset is not None or keys[1] in drawn
+            if has_points and known.issuperset((key, shlex.join(command)) for key in keys):
                 continue
             args = train.parse([*given, "--seed", str(seed)], kinds[model])
             setup.check_args(args)
@@ -89,6 +94,8 @@ def errors(
             }  # fmt: skip
             for key, test in zip(keys, tests.values(), strict=True):
                 record(results, Error(*key, **measures(world_model, data, test), **about))
+                if test is not data:
+                    record(places, *points(world_model, data, test, key))
 
 
 def trained(model: str, args: train.Args, data: OfflineDataset) -> torch.nn.Module:

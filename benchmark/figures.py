@@ -1,4 +1,4 @@
-"""Pictures of the results: comparison.png from runs.csv, ceiling.png from ceiling.csv, depth.csv.
+"""Pictures of the results, each from the rows of a file or two: see `figures`.
 
 Equal rows give equal bytes.
 """
@@ -8,8 +8,21 @@ from pathlib import Path
 from typing import get_args
 
 from behaviour import Quality
-from benchmark.grid import METHODS, ORACLES
-from benchmark.rows import CEILING, DEPTH, ROOT, RUNS, Depth, Result, read
+from benchmark.grid import METHODS, ORACLES, WORLD_MODELS
+from benchmark.rows import (
+    CEILING,
+    DEPTH,
+    POINTS,
+    ROOT,
+    RUNS,
+    VISITS,
+    Bin,
+    Depth,
+    Point,
+    Result,
+    read,
+)  # fmt: skip
+from benchmark.states import draw_points, draw_visits
 from benchmark.tables import NAMES, Groups, Runs, group
 from datasets import write_atomic
 from experiment.report import mean_and_interval
@@ -18,21 +31,27 @@ COLUMNS = 4  # panels side by side
 
 
 def figures(
-    results: Path = RUNS, ceiling: Path = CEILING, depth: Path = DEPTH,
-    folder: Path = ROOT / "results",
+    results: Path = RUNS, ceiling: Path = CEILING, depth: Path = DEPTH, points: Path = POINTS,
+    visits: Path = VISITS, folder: Path = ROOT / "results",
 ) -> None:  # fmt: skip
-    """Draw the returns of every method and of behaviour cloning, and what a perfect model is worth.
+    """Draw returns, what a perfect model is worth, predicted states, and where policies go.
 
     Args:
         results: file of finished runs, as `grid` writes it
         ceiling: the same of runs with the true simulator as the world model, by `ceiling`
         depth: values along rollouts, by `ceiling`
-        folder: of the pictures comparison.png and ceiling.png
+        points: predicted next states, by `errors`
+        visits: visited states, by `coverage`
+        folder: of the pictures comparison.png, ceiling.png, predicted.png and visited.png
     """
     pictures = {"comparison.png": draw(group(read(results, Result)))}
     if depth.exists():
         rows = read(depth, Depth)
         pictures["ceiling.png"] = draw_ceiling(group(read(ceiling, Result)), rows)
+    if points.exists():
+        pictures["predicted.png"] = draw_predicted(read(points, Point))
+    if visits.exists():
+        pictures["visited.png"] = draw_visited(read(visits, Bin))
     for name, picture in pictures.items():
         write_atomic(folder / name, picture)
         print(f"wrote {folder / name}")
@@ -169,3 +188,70 @@ def draw_depth(ax, depths: list[Depth]) -> None:
             }[name]
             ax.plot(steps, means, style, color=f"C{k}", label=f"{label} ({NAMES[method]})")
     ax.set_xlabel("step of the rollout")
+
+
+def draw_predicted(rows: list[Point]) -> bytes:
+    """A PNG with a line per task and kind of data, a column per world model, its first seed each.
+
+    Args:
+        rows: of points.csv.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple, dict[str, list[Point]]] = {}
+    for p in rows:
+        by_method = panels.setdefault((p.env_id, p.trained_on, p.tested_on), {})
+        mine = by_method.setdefault(p.method, [])
+        if not mine or mine[0].seed == p.seed:
+            mine.append(p)
+    methods = [m for m in ("logo", *WORLD_MODELS) if any(m in x for x in panels.values())]
+    figure = Figure(figsize=(2.9 * len(methods), 3.1 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), len(methods), squeeze=False)
+    for line, (cell, by_method) in zip(axes, panels.items(), strict=True):
+        near = [p for mine in by_method.values() for p in mine]
+        xs, ys = [p.true_1 for p in near], [p.true_2 for p in near]
+        for ax, method in zip(line, methods, strict=True):
+            ax.set_xticks([]), ax.set_yticks([])
+            ax.set_title(NAMES[method])
+            if method in by_method:
+                draw_points(ax, by_method[method])
+                ax.set_xlim(min(xs) - 1, max(xs) + 1)
+                ax.set_ylim(min(ys) - 1, max(ys) + 1)
+        line[0].set_ylabel(f"{cell[0]}\ntrained on {cell[1]}, tested on {cell[2]}", fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return png(figure)
+
+
+def draw_visited(rows: list[Bin]) -> bytes:
+    """A PNG with a line per task and quality; for the data and each method visits and rewards.
+
+    Args:
+        rows: of visits.csv.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple, dict[str, list[Bin]]] = {}
+    for row in rows:
+        by_method = panels.setdefault((row.env_id, row.quality, row.seed), {})
+        by_method.setdefault(row.method, []).append(row)
+    methods = list(dict.fromkeys(row.method for row in rows))
+    figure = Figure(figsize=(5.4 * len(methods), 2.7 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 2 * len(methods), squeeze=False)
+    for line, (cell, by_method) in zip(axes, panels.items(), strict=True):
+        paid = [row.reward_mean for some in by_method.values() for row in some if row.visits > 9]
+        for k, method in enumerate(methods):
+            left, right = line[2 * k : 2 * k + 2]
+            if some := by_method.get(method):
+                draw_visits(left, right, some, high=max(paid), low=min(paid))
+            name = NAMES.get(method, "the data" if method == "data" else method)
+            left.set_title(f"{name}: visits, {len(some or [])} regions", fontsize=9)
+            right.set_title("mean reward of a step", fontsize=9)
+        for ax in line:
+            ax.set_xticks([]), ax.set_yticks([])
+        line[0].set_ylabel(f"{cell[0]}\n{cell[1]}, seed {cell[2]}", fontsize=8)
+    return png(figure)

@@ -30,7 +30,7 @@ METHODS = {  # name -> flags of train.py
     "logo": [],
     "macql": ["--synthetic-fraction", "0"],
 }
-WORLD_MODELS = "direct", "ensemble", "morel", "sumo", "mamba"  # files of baselines/, under MACQL
+WORLD_MODELS = "direct", "ensemble", "morel", "sumo", "mamba", "mazero"  # baselines/, under MACQL
 BASELINES = ("cfcql", "omar", "omiga", "planning", *WORLD_MODELS)
 ORACLES = {  # name -> flags of benchmark/oracle.py: what D_m is filled with
     "windows": ["--windows"],

@@ -24,6 +24,8 @@ RUNS = ROOT / "results" / "runs.csv"
 CEILING = ROOT / "results" / "ceiling.csv"
 DEPTH = ROOT / "results" / "depth.csv"
 ERRORS = ROOT / "results" / "errors.csv"
+POINTS = ROOT / "results" / "points.csv"
+VISITS = ROOT / "results" / "visits.csv"
 SPEED = ROOT / "results" / "speed.csv"
 LOCK = threading.Lock()  # of `record`: the runs of a grid finish in several threads
 
@@ -120,6 +122,58 @@ class Error:
         return self.method, self.env_id, self.trained_on, self.tested_on, self.seed
 
 
+@dataclasses.dataclass
+class Point:
+    """A next state and a world model's prediction of it, in two dimensions: a line of points.csv.
+
+    The dimensions are the first two principal components of the true next states (`states.axes`).
+    """
+
+    method: str  # as in `Error`
+    env_id: str
+    trained_on: str
+    tested_on: str
+    seed: int
+    row: int  # of the tested data
+    true_1: float
+    true_2: float
+    predicted_1: float
+    predicted_2: float
+    commit: str
+
+    @property
+    def key(self) -> tuple:
+        """As `Result.key`."""
+        return self.method, self.env_id, self.trained_on, self.tested_on, self.seed, self.row
+
+
+@dataclasses.dataclass
+class Bin:
+    """How often states of one small region occur, and what they pay: a line of visits.csv.
+
+    Regions are squares of the plane of the recorded states' first two principal components.
+    """
+
+    method: str  # of a finished run, or "data" for the recording that it was trained on
+    env_id: str
+    quality: str
+    seed: int  # of the run
+    x: int  # of the region, from 0
+    y: int
+    left: float  # its lower edges, and the length of its sides
+    bottom: float
+    width: float
+    height: float
+    visits: int  # steps that begin there
+    reward_mean: float  # of these steps
+    commit: str
+
+    @property
+    def key(self) -> tuple:
+        """As `Result.key`."""
+        return self.method, self.env_id, self.quality, self.seed, self.x, self.y
+
+
 def depths(values: dict[str, list], row: Result) -> list[Depth]:
     """The content of a run's depth.json (`oracle.by_depth`), one line per step."""
     same = row.method, row.variant, row.env_id, row.quality, row.seed
@@ -163,8 +217,8 @@ def result(final: dict, method: str, variant: str, quality: str, machine: str, c
     )
 
 
-def record(path: Path, row: Result | Depth | Error) -> None:
-    """Write a run's row into the file, in place of the row with the same key if there is one.
+def record(path: Path, *new: Result | Depth | Error | Point | Bin) -> None:
+    """Write rows of one kind into the file, each in place of the one with the same key if any.
 
     Safe to call from several threads of one process.
 
@@ -173,13 +227,10 @@ def record(path: Path, row: Result | Depth | Error) -> None:
         OSError: the file cannot be written; it is then as it was.
     """
     with LOCK:
-        rows = read(path, type(row)) if path.exists() else []
-        keys = [old.key for old in rows]
-        if row.key in keys:
-            rows[keys.index(row.key)] = row
-        else:
-            rows.append(row)
-        write(path, rows, type(row))
+        kind = type(new[0])
+        rows = {row.key: row for row in (read(path, kind) if path.exists() else [])}
+        rows |= {row.key: row for row in new}
+        write(path, [*rows.values()], kind)
 
 
 def write(path: Path, rows: list[T], kind: type[T]) -> None:

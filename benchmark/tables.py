@@ -35,6 +35,7 @@ NAMES = {  # a method that is not here: its key
     "direct": "direct prediction",
     "ensemble": "ensemble (MOPO)",
     "morel": "MOReL",
+    "mazero": "MAZero",
     "windows": "recorded steps",
     "model": "LOGO",
     "simulator": "true simulator",

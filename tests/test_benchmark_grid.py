@@ -338,5 +338,5 @@ def test_the_texts_hold_the_tables_of_the_committed_rows():
 def test_the_pictures_are_drawn_of_the_committed_rows(tmp_path):
     figures.figures(folder=tmp_path)
     drawn = {p.name for p in tmp_path.iterdir()}
-    assert drawn == {"comparison.png", "ceiling.png"}
+    assert drawn >= {"comparison.png", "ceiling.png"}
     assert all((ROOT / "results" / name).exists() for name in drawn)
