@@ -1,7 +1,8 @@
 """The paper's other methods, one file each, on train.py's loop, data and evaluation.
 
-  learners      cfcql.py  omar.py  omiga.py                       in MACQL's place, on real rows
-  world models  direct.py ensemble.py morel.py sumo.py mamba.py   in LOGO's place, under MACQL
+  learners      cfcql.py  omar.py  omiga.py           in MACQL's place, on real rows
+  world models  direct.py ensemble.py morel.py sumo.py mamba.py mazero.py
+                                                      in LOGO's place, under MACQL
   planning.py                   policies drawn towards the best of three actions by LOGO's model
   joint.py      what the world models have in common: inputs, outputs, heads
 
