@@ -104,8 +104,9 @@ class Args:
     """policy updates between two collections [ours]"""
     model_retain: int = 5
     """D10: collections that D_m keeps; paper: all of them, 0 [MOPO]"""
-    uncertainty: Literal["weight", "penalty", "none"] = "weight"
-    """use of u: sampling weight of Eq. (7), reward penalty of Eq. (1), or none [Sec. 4.3]"""
+    uncertainty: Literal["weight", "penalty", "shuffled", "none"] = "weight"
+    """use of u: sampling weight of Eq. (7), reward penalty of Eq. (1), the weight by the u of
+    another rollout's same step (a placebo), or none [Sec. 4.3]"""
     cap: float = 10.0
     """C: bound of P_u; exp(-C) is the smallest relative weight [Sec. 4.3 gives no value]"""
     u_scale: float = 0.0
@@ -264,7 +265,8 @@ def main(
         wm_schedule = linear_decay(wm_optimizer, args.wm_updates if args.lr_decay else 0)
         model_data = SyntheticBuffer(  # D_m
             setup.kept_collections(args), args.horizon, args.rollout_batch_size, *spec[2:6],
-            device, spec.discrete, args.cap, args.u_scale, args.uncertainty == "weight",
+            device, spec.discrete, args.cap, args.u_scale,
+            weighted=args.uncertainty in ("weight", "shuffled"),
         )  # fmt: skip
         state |= {"world_model": world_model, "wm_optimizer": wm_optimizer}
         state |= {"wm_schedule": wm_schedule, "model_data": model_data}
@@ -307,6 +309,9 @@ def main(
                 starts = data.sample(args.rollout_batch_size, rng)
                 rollout = world_model.imagine(explore, starts, args.horizon, rng)
                 run.check_rollout(rollout, k + 1)  # stops where rollouts diverge
+                if args.uncertainty == "shuffled":
+                    others = torch.randperm(len(starts.reward), generator=rng, device=device)
+                    rollout["uncertainty"] = rollout["uncertainty"][:, others]
                 if args.uncertainty == "penalty":
                     rollout["reward"] -= rollout["uncertainty"] / args.u_scale  # Eq. (1)
                 model_data.add(rollout)  # with P_u, for the weights of Eq. (7) when sampling

@@ -56,19 +56,23 @@ def variant(args: train.Args, usual: train.Args) -> str:
     return " ".join(flags)
 
 
-def plan(env_ids, qualities, methods, seeds, flags: str, out: Path) -> list[Run]:
+def plan(
+    env_ids, qualities, methods, seeds, flags: str, out: Path, variants: tuple[str, ...] = ("",)
+) -> list[Run]:  # fmt: skip
     """The runs of a grid, in the order in which they start; nothing is trained yet.
 
     Raises:
         ValueError: flags that cannot work or that are the grid's own to give.
     """
-    more, taken = shlex.split(flags), GIVEN + [f for m in methods for f in METHODS.get(m, [])]
-    for flag in more:
-        if flag.startswith("--") and flag.replace("_", "-").partition("=")[0] in taken:
-            raise ValueError(f"--flags: {flag} is the grid's own to give.")
+    taken = GIVEN + [f for m in methods for f in METHODS.get(m, [])]
+    for name, text in [("--flags", flags), *(("--variants", x) for x in variants)]:
+        for flag in shlex.split(text):
+            if flag.startswith("--") and flag.replace("_", "-").partition("=")[0] in taken:
+                raise ValueError(f"{name}: {flag} is the grid's own to give.")
     runs = []
-    axes = map(dict.fromkeys, (seeds, env_ids, qualities, methods))  # each value once
-    for seed, env_id, quality, method in product(*axes):
+    axes = map(dict.fromkeys, (seeds, env_ids, qualities, methods, variants))  # each value once
+    for seed, env_id, quality, method, also in product(*axes):
+        more = shlex.split(f"{flags} {also}")
         given = ["--env-id", env_id, "--quality", quality, "--seed", str(seed)]
         given += METHODS.get(method, [])
         program, kind = ["train.py"], train.Args
@@ -80,7 +84,8 @@ def plan(env_ids, qualities, methods, seeds, flags: str, out: Path) -> list[Run]
         args = train.parse([*given, *more], kind)
         check_args(dataclasses.replace(args, out=out))
         source = args.dataset.stem if args.dataset else quality
-        folder = out / f"{env_id}-{source}-{method}-seed{seed}"
+        own = "".join(f"-{x.strip('-')}" for x in shlex.split(also))  # e.g. -horizon-5
+        folder = out / f"{env_id}-{source}-{method}{own}-seed{seed}"
         usual = train.parse([*given, *(["--paper"] if args.paper else [])], kind)
         differs = variant(args, usual)
         runs.append(Run(method, differs, source, folder, program, [*given, *more], args))
@@ -132,6 +137,7 @@ def grid(
     out: Path = Path("runs/grid"),
     results: Path = RUNS,
     launcher: Literal["local", "ray"] = "local",
+    variants: tuple[str, ...] = ("",),
 ) -> None:
     """Train every run that is not finished yet, and record each in the file of results.
 
@@ -147,6 +153,7 @@ def grid(
         launcher: local: processes on this machine; ray: tasks on the Ray cluster of RAY_ADDRESS or
             of this machine, each with one CPU and, if the cluster has any and --flags does not say
             --device cpu, a quarter of a GPU. All nodes must share the folder `out` and the project
+        variants: one more axis, each a text of flags, e.g. --variants "--horizon 5" "--horizon 20"
     """
     if jobs < 1:
         raise ValueError(f"--jobs {jobs}: give 1 or more.")
@@ -154,7 +161,7 @@ def grid(
         raise ValueError("--jobs is for --launcher local: Ray itself starts as many runs as fit.")
     if results.exists():
         read(results, Result)  # refuse another file before hours of work
-    runs, started = plan(env_ids, qualities, methods, seeds, flags, out), time.time()
+    runs, started = plan(env_ids, qualities, methods, seeds, flags, out, variants), time.time()
     known = [run for run in runs if (run.folder / "final.json").exists()]
     missing, failures = [run for run in runs if run not in known], []
     ends = on_ray(missing) if launcher == "ray" and missing else locally(missing, jobs)

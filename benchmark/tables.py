@@ -12,6 +12,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from behaviour import Quality
+from benchmark.ablations import horizons, uncertainty
 from benchmark.grid import BASELINES, METHODS, ORACLES, WORLD_MODELS
 from benchmark.iqm import iqm_table
 from benchmark.markdown import fill_files, table
@@ -321,7 +322,7 @@ def code(text: str) -> str:
 def results_tables(rows: list[Result]) -> dict[str, str]:
     """All tables of results by the names that the texts' markers use."""
     groups = group(rows)
-    makers = (comparison, field, scores, differences, aggregate, world_model, origin)
+    makers = (comparison, field, scores, differences, aggregate, uncertainty, world_model, origin)
     made = {make.__name__.replace("_", "-"): make(groups) for make in makers}
     return made | {"iqm": iqm_table(groups, NAMES)}
 
@@ -344,7 +345,9 @@ def tables(
     """
     made = results_tables(read(results, Result))
     made["ceiling"] = ceiling_table(group(read(ceiling, Result)))
-    made["errors"] = errors_table(read(errors, Error))
+    known = read(errors, Error)
+    made["errors"] = errors_table(known)
+    made["horizons"] = horizons(group(read(results, Result)), known, NAMES)
     made["speed"] = speed_tables(read(timings, Row))
     if write:
         for path in fill_files(TEXTS, made):

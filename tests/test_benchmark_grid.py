@@ -1,5 +1,6 @@
 """The grid's runs, and the tables and the picture that are made of their rows."""
 
+import dataclasses
 import json
 import os
 import random
@@ -155,6 +156,20 @@ def test_a_variant_is_spelled_by_what_differs(tmp_path):
     assert variant("--paper --critics 2") == "--paper --critics 2"
 
 
+def test_variants_are_an_axis_with_folders_of_its_own(tmp_path):
+    given = (["2s3z"], ["medium"], ["logo", "direct"], [1], "--threads 1", tmp_path)
+    runs = grid.plan(*given, ("", "--horizon 5", "--uncertainty none --no-zeros"))
+    assert len(runs) == len({run.folder for run in runs}) == 6
+    assert [r.variant for r in runs if r.method == "logo"] == [
+        "", "--horizon 5", "--no-zeros --uncertainty none",
+    ]  # fmt: skip
+    assert runs[0].folder.name == "2s3z-medium-logo-seed1"  # as without the axis
+    assert runs[1].folder.name == "2s3z-medium-logo-horizon-5-seed1"
+    assert all(run.flags[-2:] != ["--threads", "1"] for run in runs if run.variant)
+    with pytest.raises(ValueError, match="--variants: --seed is the grid's own"):
+        grid.plan(*given, ("--seed 2",))
+
+
 def test_a_new_row_replaces_the_same_experiment(tmp_path):
     path = tmp_path / "runs.csv"
     for r in (row(), row(seed=2), row(mean=3.0, commit="def")):
@@ -255,6 +270,30 @@ def test_the_iqm_is_of_default_runs_and_says_how_many():
     assert all(x[1:5] == ["0 of 3", "0", "", "not run"] for x in others)
 
 
+def test_uses_of_u_and_horizons_stand_side_by_side():
+    rows = [
+        row(mean=10.0), row(seed=2, mean=12.0), row(mean=7.0, variant="--uncertainty none"),
+        row(mean=6.0, variant="--uncertainty penalty --u-scale 0.2"),
+        row(mean=5.5, variant="--uncertainty penalty --u-scale 1"),
+        row(mean=99.0, variant="--uncertainty none --horizon 5"),  # differs in two ways
+        row(mean=8.0, variant="--horizon 5"), row("macql", mean=3.0),
+        row("direct", mean=4.0, env_id="2s3z"), row(mean=1.0, env_id="2s3z"),
+    ]  # fmt: skip
+    groups = tables.group(rows)
+    *_, line = tables.uncertainty(groups).splitlines()
+    cells = [x.strip() for x in line.strip("|").split("|")]
+    assert cells[4:] == ["not run", "7.00", "6.00 (unit 0.2), 5.50 (unit 1)"]
+    assert cells[3].startswith("11.00 ±") and cells[3].endswith("(2)")
+    error = Error("logo", "3s_vs_5z", "medium", "medium", 1, 9, *[0.5] * 3, 0.125, *[None] * 2,
+                  9, 1.0, 9, "", "", "", "")  # fmt: skip
+    other = dataclasses.replace(error, tested_on="expert", raw_reward_mse=9.0)
+    header, _, *lines = tables.horizons(groups, [error, other], tables.NAMES).splitlines()
+    assert len(lines) == 1 and "H = 20" in header  # one horizon alone is no comparison
+    cells = [x.strip() for x in lines[0].strip("|").split("|")]
+    assert cells[3:6] == ["LOGO", "8.00", "not run"] and cells[6].startswith("11.00")
+    assert cells[7:] == ["not run", "0.1250"]
+
+
 def test_the_ceiling_has_a_column_for_each_content_of_d_m():
     rows = [
         row("macql", mean=1.0), row("simulator", mean=2.0), row("simulator-end", mean=3.0),
@@ -325,7 +364,9 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
 def test_the_texts_hold_the_tables_of_the_committed_rows():
     made = tables.results_tables(read(tables.RUNS, Result))
     made["ceiling"] = tables.ceiling_table(tables.group(read(tables.CEILING, Result)))
-    made["errors"] = tables.errors_table(read(tables.ERRORS, Error))
+    errors, groups = read(tables.ERRORS, Error), tables.group(read(tables.RUNS, Result))
+    made["errors"] = tables.errors_table(errors)
+    made["horizons"] = tables.horizons(groups, errors, tables.NAMES)
     made["speed"] = tables.speed_tables(read(tables.SPEED, tables.Row))
     used = set()
     for path in tables.TEXTS:
