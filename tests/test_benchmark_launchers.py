@@ -95,12 +95,20 @@ def notes(project) -> list[list[str]]:
     return sorted(x.split() for x in file.read_text().splitlines()) if file.exists() else []
 
 
-def ended(process: int) -> bool:
-    """Whether the process is gone, or dead and not yet collected by the process above it."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
+def ends(process: int, patience: float = 10) -> bool:
+    """Whether the process is gone soon, or dead and not yet collected by the process above it.
+
+    Ray learns of a worker's death a moment before the worker's own child is killed.
+    """
+    until, file = time.monotonic() + patience, Path(f"/proc/{process}/stat")
+    while time.monotonic() < until:
+        try:
+            if file.read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_ray_gives_the_rows_and_words_of_this_machine(cluster, run, tmp_path):
@@ -120,7 +128,7 @@ def test_a_killed_worker_costs_one_run(cluster, run):
     assert len(failures) == 1 and f"seed{KILLS}: its worker died twice" in failures[0]
     assert [what for name, what, _ in seen] == ["began", "began", "resumed", "began", "resumed"]
     for _, _, process in seen:  # none goes on without its worker, beside the one that resumed it
-        assert ended(int(process))
+        assert ends(int(process))
 
 
 def test_an_interrupt_ends_the_runs_on_ray(cluster, run, tmp_path):
