@@ -276,16 +276,25 @@ def origin(groups: Groups) -> str:
 
 
 def ceiling_table(groups: Groups) -> str:
-    """One line per cell and variant: the return by what D_m is filled with."""
+    """One line per cell and variant: the return by what D_m is filled with, seed by seed."""
     methods = ("macql", *ORACLES)
     cells: dict[tuple[Cell, str], dict[str, Runs]] = {}
     for (cell, variant, method), runs in groups.items():
-        cells.setdefault((cell, variant), {})["model" if method == "logo" else method] = runs
+        name = "model" if method == "logo" else method
+        cells.setdefault((cell, variant), {}).setdefault(name, {}).update(runs)
     lines = []
     for (cell, variant), by_method in cells.items():
-        scores = [over(by_method[m], "return_mean") if m in by_method else "" for m in methods]
-        first = next(iter(by_method.values()))
-        lines.append([*cell, code(variant), len(first), over(first, "clone_return"), *scores])
+        seeds = sorted({seed for runs in by_method.values() for seed in runs})
+        one = {k: r for runs in by_method.values() for k, r in runs.items()}  # a run of each seed
+
+        def each(runs: Runs, value: str = "return_mean", seeds: list[int] = seeds) -> str:
+            values = [getattr(runs[k], value) if k in runs else None for k in seeds]
+            known = ["-" if x is None else f"{x:.2f}" for x in values]
+            return ", ".join(known) if runs else ""
+
+        scores = [each(by_method.get(m, {})) for m in methods]
+        numbers = ", ".join(map(str, seeds))
+        lines.append([*cell, code(variant), numbers, each(one, "clone_return"), *scores])
     header = ["task", "simulator", "data", "flags", "seeds", "cloning", "nothing (MACQL)"]
     return table([*header, *(NAMES[m] for m in ORACLES)], lines)
 
