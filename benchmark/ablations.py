@@ -1,9 +1,9 @@
 """Tables of the paper's ablations: the use of the uncertainty (Table 6), the horizon (Table 7).
 
-python -m benchmark grid --methods logo --env-ids Hopper-3x1 --qualities medium --variants ""
-    "--uncertainty none" "--uncertainty shuffled" "--uncertainty penalty --u-scale 0.2"
-python -m benchmark grid --methods logo direct --env-ids 6h_vs_8z --qualities medium --variants
-    "--horizon 5" "--horizon 10" "--horizon 20"
+python -m benchmark grid --methods logo --env-ids Hopper-3x1 --qualities medium --variants="
+    ; --uncertainty none; --uncertainty shuffled; --uncertainty penalty --u-scale 30"
+python -m benchmark grid --methods logo direct --env-ids 6h_vs_8z --qualities medium --variants="
+    ; --horizon 5; --horizon 10; --horizon 20"
 """
 
 import re

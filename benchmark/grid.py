@@ -57,20 +57,21 @@ def variant(args: train.Args, usual: train.Args) -> str:
 
 
 def plan(
-    env_ids, qualities, methods, seeds, flags: str, out: Path, variants: tuple[str, ...] = ("",)
-) -> list[Run]:  # fmt: skip
+    env_ids, qualities, methods, seeds, flags: str, out: Path, variants: str = ""
+) -> list[Run]:
     """The runs of a grid, in the order in which they start; nothing is trained yet.
 
     Raises:
         ValueError: flags that cannot work or that are the grid's own to give.
     """
     taken = GIVEN + [f for m in methods for f in METHODS.get(m, [])]
-    for name, text in [("--flags", flags), *(("--variants", x) for x in variants)]:
+    every = [" ".join(shlex.split(x)) for x in variants.split(";")]
+    for name, text in [("--flags", flags), *(("--variants", x) for x in every)]:
         for flag in shlex.split(text):
             if flag.startswith("--") and flag.replace("_", "-").partition("=")[0] in taken:
                 raise ValueError(f"{name}: {flag} is the grid's own to give.")
     runs = []
-    axes = map(dict.fromkeys, (seeds, env_ids, qualities, methods, variants))  # each value once
+    axes = map(dict.fromkeys, (seeds, env_ids, qualities, methods, every))  # each value once
     for seed, env_id, quality, method, also in product(*axes):
         more = shlex.split(f"{flags} {also}")
         given = ["--env-id", env_id, "--quality", quality, "--seed", str(seed)]
@@ -137,7 +138,7 @@ def grid(
     out: Path = Path("runs/grid"),
     results: Path = RUNS,
     launcher: Literal["local", "ray"] = "local",
-    variants: tuple[str, ...] = ("",),
+    variants: str = "",
 ) -> None:
     """Train every run that is not finished yet, and record each in the file of results.
 
@@ -153,7 +154,8 @@ def grid(
         launcher: local: processes on this machine; ray: tasks on the Ray cluster of RAY_ADDRESS or
             of this machine, each with one CPU and, if the cluster has any and --flags does not say
             --device cpu, a quarter of a GPU. All nodes must share the folder `out` and the project
-        variants: one more axis, each a text of flags, e.g. --variants "--horizon 5" "--horizon 20"
+        variants: one more axis: flags of each, after a semicolon, e.g. --variants="; --horizon 5"
+            for the usual runs and for those with horizon 5
     """
     if jobs < 1:
         raise ValueError(f"--jobs {jobs}: give 1 or more.")

@@ -158,7 +158,7 @@ def test_a_variant_is_spelled_by_what_differs(tmp_path):
 
 def test_variants_are_an_axis_with_folders_of_its_own(tmp_path):
     given = (["2s3z"], ["medium"], ["logo", "direct"], [1], "--threads 1", tmp_path)
-    runs = grid.plan(*given, ("", "--horizon 5", "--uncertainty none --no-zeros"))
+    runs = grid.plan(*given, "; --horizon 5;--uncertainty none --no-zeros ;")
     assert len(runs) == len({run.folder for run in runs}) == 6
     assert [r.variant for r in runs if r.method == "logo"] == [
         "", "--horizon 5", "--no-zeros --uncertainty none",
@@ -167,7 +167,7 @@ def test_variants_are_an_axis_with_folders_of_its_own(tmp_path):
     assert runs[1].folder.name == "2s3z-medium-logo-horizon-5-seed1"
     assert all(run.flags[-2:] != ["--threads", "1"] for run in runs if run.variant)
     with pytest.raises(ValueError, match="--variants: --seed is the grid's own"):
-        grid.plan(*given, ("--seed 2",))
+        grid.plan(*given, "--seed 2")
 
 
 def test_a_new_row_replaces_the_same_experiment(tmp_path):
