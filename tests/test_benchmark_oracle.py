@@ -109,7 +109,7 @@ def test_a_recording_of_another_program_is_refused(smax):
 def measured_in_slots(monkeypatch):
     """What a run measures at its end, on SLOTS rows at a time: of any other number the simulator
     would be compiled once more."""
-    few = partial(oracle.by_depth, count=SLOTS, tail=20)  # of 500 and 100
+    few = partial(oracle.by_depth, count=SLOTS, tail=8)  # of 500 and 100
     monkeypatch.setattr(oracle, "by_depth", few)
     few = partial(report.rollout_sanity, count=SLOTS)  # of 2000
     monkeypatch.setattr(report, "rollout_sanity", few)
