@@ -10,13 +10,15 @@ MACQL; each policy is drawn towards the action that its own critic prefers H ste
 
 Readings, because the paper says no more than "the optimal action selected through model rollout
 from three candidate actions proposed by the policy network": candidates are joint actions; a
-rollout that has not ended is worth the critic's value of its last state [as TD-MPC]; discrete
-actions are imitated as Eq. (12) clones them; planning serves training, and nobody plans in play.
+rollout that has not ended is worth the critic's value of its last state [as TD-MPC]; a_max is
+sought for --rollout-batch-size recorded states every --rollout-interval updates, because a search
+at every update took most of a run's time; discrete actions are imitated as Eq. (12) clones them;
+planning serves training, and nobody plans in play.
 
 `train.main` makes and trains LOGO only where batches have imagined rows. They are left out here, so
 that --batch-size is twice MACQL's, and planning begins with the first of them.
 
-Sizes: B batch, C candidates, N agents, A action, H horizon.
+Sizes: B batch, M planned states, C candidates, N agents, A action, H horizon.
 """
 
 from dataclasses import dataclass
@@ -100,58 +102,85 @@ def imagined_return(rollout: dict, critic: Critic, actor: Actor, gamma: float) -
 
 
 def mpc_loss(
-    actor: Actor, critic: Critic, batch: Batch, is_real, *, policy_loss, best, weight: float
+    actor: Actor, critic: Critic, batch: Batch, is_real, *, policy_loss, obs, avail, best, weight
 ):  # fmt: skip
     """L_MPC = L_policy + weight * E[|pi_i(o^i) - a_max^i|^2].
 
     Args:
-        policy_loss: L_policy, `MACQL.policy_loss`. best: a_max (B,N,A) at the batch's states.
+        policy_loss: L_policy, `MACQL.policy_loss`.
+        obs (B,N,O), avail (B,N,A): planned states. best (B,N,A): their a_max.
     """
     loss, parts = policy_loss(actor, critic, batch, is_real)
-    pi = actor(batch.obs, batch.avail)  # (B,N,A)
+    pi = actor(obs, avail)  # (B,N,A)
     distance = (pi - best).square().sum(-1).mean(-1)
-    assert distance.shape == batch.reward.shape
+    assert distance.shape == best.shape[:1]
     return loss + weight * distance.mean(), parts | {"mpc": distance.mean().detach()}
 
 
 class Planning:
-    """MACQL on the real rows of a batch, with a_max at each of them.
+    """MACQL on the real rows of a batch, and a_max at other recorded states.
 
     Args:
         learner: MACQL; its policies' loss gets one more term.
-        plan: `best_action` but for model, learner, starts and generator.
-        weight: of the imitation; 1 in the paper.
+        draw: (generator) -> a `Batch` of M recorded states. plan: `best_action` but for model,
+            learner, starts and generator.
+        interval: updates between two searches. weight: of the imitation; 1 in the paper.
     `model` is the world model, set when it is made.
     """
 
     compilable = ("critic_loss",)
 
-    def __init__(self, learner: MACQL, plan, weight: float):
-        self.learner, self.plan, self.weight, self.model = learner, plan, weight, None
+    def __init__(self, learner: MACQL, draw, plan, interval: int, weight: float):
+        self.learner, self.draw, self.plan, self.model = learner, draw, plan, None
+        self.interval, self.weight, self.updates = interval, weight, 0
         self.actor, self.ema_actor, self.critic = learner.actor, learner.ema_actor, learner.critic
         self.critic_loss, self.policy_loss = learner.critic_loss, learner.policy_loss
+        some = draw(torch.Generator(learner.critic.agent_id.device))  # for the shapes
+        self.planned = {
+            "obs": some.obs,
+            "best": some.actions,
+            "agree": torch.zeros_like(some.reward[0]),
+        }
+        self.planned |= {} if some.avail is None else {"avail": some.avail}
+
+    def search(self, generator: torch.Generator) -> None:
+        """Find a_max for other recorded states."""
+        starts = self.draw(generator)
+        best = self.plan(self.model, self.learner, starts, generator=generator)
+        greedy = self.actor.greedy(starts.obs, starts.avail)
+        agree = (greedy - best).abs().flatten(1).amax(1) == 0
+        for name, x in (("obs", starts.obs), ("avail", starts.avail), ("best", best)):
+            if x is not None:
+                self.planned[name] = x
+        self.planned["agree"] = agree.float().mean()
 
     def update(self, batch: Batch, is_real, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """One gradient step on the critic, then one on the policies, towards a_max too."""
         real = Batch(*(None if x is None else x[is_real > 0] for x in batch))
         self.learner.policy_loss = self.policy_loss
         self.learner.critic_loss = self.critic_loss  # the compiled one, with --compile
-        zero = torch.zeros_like(real.reward[0])
-        planned = {"greedy_is_best": zero, "pi_mpc": zero}  # until planning begins
+        metrics = {"pi_mpc": torch.zeros_like(real.reward[0])}  # until planning begins
         if len(real.reward) < len(batch.reward):  # imagination has begun, so LOGO is trained
-            best = self.plan(self.model, self.learner, real, generator=generator)
+            if self.updates % self.interval == 0:
+                self.search(generator)
+            self.updates += 1
+            states, size = self.planned, len(real.reward)
+            pick = torch.randint(len(states["best"]), (size,), generator=generator,
+                                 device=real.reward.device)  # fmt: skip
             self.learner.policy_loss = partial(
-                mpc_loss, policy_loss=self.policy_loss, best=best, weight=self.weight
-            )
-            greedy = self.actor.greedy(real.obs, real.avail)
-            planned["greedy_is_best"] = (greedy == best).flatten(1).all(-1).float().mean()
-        return planned | self.learner.update(real, torch.ones_like(real.reward), generator)
+                mpc_loss, policy_loss=self.policy_loss, obs=states["obs"][pick],
+                avail=states["avail"][pick] if "avail" in states else None,
+                best=states["best"][pick], weight=self.weight,
+            )  # fmt: skip
+        metrics["greedy_is_best"] = self.planned["agree"]
+        return metrics | self.learner.update(real, torch.ones_like(real.reward), generator)
 
     def state_dict(self) -> dict:
-        return states(self.learner.parts())
+        return states(self.learner.parts()) | {"planned": self.planned, "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
         load_states(self.learner.parts(), state)
+        self.planned, self.updates = state["planned"], state["updates"]
 
 
 def builders() -> dict:
@@ -163,7 +192,11 @@ def builders() -> dict:
             best_action, candidates=args.candidates, horizon=args.planning_horizon,
             gamma=args.gamma, epsilon=args.epsilon,
         )  # fmt: skip
-        made[:] = [Planning(train.make_learner(args, spec, data), plan, args.mpc_weight)]
+        macql, draw = (
+            train.make_learner(args, spec, data),
+            partial(data.sample, args.rollout_batch_size),
+        )
+        made[:] = [Planning(macql, draw, plan, args.rollout_interval, args.mpc_weight)]
         return made[0]
 
     def world_model(args: Args, spec, data) -> LogoWM:
@@ -193,11 +226,11 @@ def _self_check():
         return both | {"reward": actions[:, 0, 1][None], "valid": ones, "terminated": ones}
 
     plan = partial(best_action, candidates=3, horizon=1, gamma=0.99, epsilon=0.5)
-    planning = Planning(learner, plan, weight=1.0)
-    planning.model = SimpleNamespace(imagine=imagine)
     obs, state, avail = torch.zeros(size, 1, 1), torch.zeros(size, 1), torch.ones(size, 1, 2)
     taken = F.one_hot(torch.randint(2, (size, 1), generator=g), 2).float()
     batch = Batch(obs, state, taken, avail, torch.zeros(size), obs, state, avail, torch.ones(size))
+    planning = Planning(learner, lambda generator: batch, plan, interval=10, weight=1.0)
+    planning.model = SimpleNamespace(imagine=imagine)
     is_real = torch.cat([torch.ones(size // 2), torch.zeros(size // 2)])
     for k in range(101):
         metrics = planning.update(batch, is_real, g)

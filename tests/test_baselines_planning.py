@@ -1,5 +1,6 @@
 """MACQL+MPC: the chosen action and the loss against loops, and what planning sees."""
 
+import copy
 import csv
 import math
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ def made(request):
     """(args, learner, batch): `planning.Planning` with its world model, six recorded rows."""
     torch.manual_seed(0)
     data, spec = make_data(request.param)
-    args = planning.Args(hidden=8, conservative="expectation", planning_horizon=3, candidates=3)
+    args = planning.Args(hidden=8, conservative="expectation", planning_horizon=3, candidates=3,
+                         rollout_batch_size=5)  # fmt: skip
     build = planning.builders()
     learner = build["learner"](args, spec, data)
     model = build["world_model"](args, spec, data)
@@ -84,7 +86,12 @@ def test_the_loss_is_macqls_plus_the_squared_distance(made):
     given = learner.actor, learner.critic, batch, ones
     base, _ = planned.policy_loss(*given)
     loss, parts = planning.mpc_loss(
-        *given, policy_loss=planned.policy_loss, best=best, weight=args.mpc_weight
+        *given,
+        policy_loss=planned.policy_loss,
+        obs=batch.obs,
+        avail=batch.avail,
+        best=best,
+        weight=args.mpc_weight,
     )
     pi = learner.actor(batch.obs, batch.avail).double()
     total = 0.0
@@ -105,15 +112,32 @@ def test_imagined_rows_are_left_out_and_planning_waits_for_them(made):
         seen.append(len(starts.reward))
         return torch.zeros_like(starts.actions)
 
-    planned.plan = plan
+    planned.plan, planned.interval = plan, 2
     before = {k: v.clone() for k, v in planned.actor.state_dict().items()}
     metrics = planned.update(batch, torch.ones(6), torch.Generator().manual_seed(0))
     assert seen == [] and metrics["pi_mpc"] == 0
     spoiled = batch._replace(reward=batch.reward + torch.nan, obs=batch.obs + torch.nan)
     both, is_real = mix(batch, spoiled)
     metrics = planned.update(both, is_real, torch.Generator().manual_seed(0))
-    assert seen == [6] and all(torch.isfinite(x) for x in metrics.values())
+    for _ in range(2):  # the second update uses the first search, the third its own
+        planned.update(both, is_real, torch.Generator().manual_seed(0))
+    assert seen == [args.rollout_batch_size] * 2 and all(
+        torch.isfinite(x) for x in metrics.values()
+    )
     assert any(not torch.equal(before[k], v) for k, v in planned.actor.state_dict().items())
+
+
+def test_a_learner_goes_on_where_its_state_was_saved(made):
+    args, planned, batch = made
+    both, is_real = mix(batch, batch)
+    planned.update(both, is_real, torch.Generator().manual_seed(0))
+    saved = copy.deepcopy(planned.state_dict())
+    planned.update(both, is_real, torch.Generator().manual_seed(1))  # between two searches
+    after = copy.deepcopy(planned.actor.state_dict())
+    planned.search(torch.Generator().manual_seed(2))
+    planned.load_state_dict(saved)
+    planned.update(both, is_real, torch.Generator().manual_seed(1))
+    assert all(torch.equal(v, after[k]) for k, v in planned.actor.state_dict().items())
 
 
 def test_flags_without_effect_are_refused():
