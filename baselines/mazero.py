@@ -5,7 +5,7 @@
   reward     h_t+1, a_t --> r_t               one for the team, from all agents
   compare    h_t+k advanced, with h_t+k represented: consistency, as SimSiam compares two views
   decode     h_t, h_t+k --> o_t+k, s_t+k      ours: how they have changed since t
-  imagine    represent once, then advance and decode in turn: the latent state goes on
+  imagine    represent, then advance and decode in turn: the latent state goes on, for K steps
 
 Trained on windows of K recorded steps. The first observation is represented, the latent state is
 advanced along the recorded actions, and each of the K steps is held to the data; of the gradient
@@ -20,7 +20,10 @@ world models"). Nothing is played while it learns: no replay priorities, no rean
 
 Departures: o and s have decoders, because a rollout under MACQL consists of them. They say what has
 changed since the represented moment, whose o and s are known, so that errors of single steps do not
-add up. Available actions and ends are read off the decoded o and s by the heads of all world models
+add up. A rollout longer than K represents what it decoded after K steps and goes on from there: the
+latent state is advanced no further than in training, beyond which it soon leaves what the decoders
+know (on 3s_vs_5z the state's error after 15 steps was .35 without, .23 with it, and .61 where
+every step is represented; 1,000 updates, seed 101). Available actions and ends are read off the decoded o and s by the heads of all world models
 here (joint.py; D3, D4, D11 apply), which do not shape the latent state. The reward is one number
 and has a squared error, which MAZero's code offers beside its cross-entropy over a support; the
 last step's is the end head's, as in LOGO. Windows stay within an episode, while MAZero's run on
@@ -205,11 +208,15 @@ class MAZero(nn.Module):
     @torch.no_grad()
     def imagine(self, policy, starts, horizon: int, generator: torch.Generator) -> dict:
         """Rollouts from real starts, as `LogoWM.imagine` returns them."""
-        first = h = self.represent(starts.obs)
+        t, start, first, h = 0, None, None, None
 
-        def step(obs, state, actions) -> dict:  # h goes on, not what was decoded from it
-            nonlocal h
-            h, outcome = self.follow(first, h, starts.obs, starts.state, actions)
+        def step(obs, state, actions) -> dict:
+            nonlocal t, start, first, h
+            if t % self.window == 0:  # in between h goes on, not what was decoded from it
+                start, first = (obs, state), self.represent(obs)
+                h = first
+            t += 1
+            h, outcome = self.follow(first, h, *start, actions)
             return outcome
 
         return self.rows.imagine(step, policy, starts, horizon, generator)

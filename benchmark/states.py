@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import envs
+from benchmark.markdown import table
 from benchmark.rows import VISITS, Bin, Point, record
 from buffer import OfflineDataset
 from experiment import setup
@@ -148,6 +149,32 @@ def bins(plane, rewards, low, high, about: tuple) -> list[Bin]:
             commit)
         for (x, y), n, r in zip(keys.tolist(), visits, paid, strict=True)
     ]  # fmt: skip
+
+
+def coverage_table(rows: list[Bin], names: dict[str, str]) -> str:
+    """One line per cell and method: how many regions it visits, and how often those without data.
+
+    Args:
+        names: of the methods, for the reader.
+    """
+    cells: dict[tuple, dict[str, list[Bin]]] = {}
+    for row in rows:
+        by_method = cells.setdefault((row.env_id, row.quality, row.seed), {})
+        by_method.setdefault(row.method, []).append(row)
+    lines = []
+    for cell, by_method in cells.items():
+        recorded = {(row.x, row.y) for row in by_method["data"]}
+        for method, some in by_method.items():
+            total = sum(row.visits for row in some)
+            beyond = sum(row.visits for row in some if (row.x, row.y) not in recorded) / total
+            reward = sum(row.visits * row.reward_mean for row in some) / total
+            name = "the data" if method == "data" else names.get(method, method)
+            lines.append([*cell, name, total, len(some), f"{beyond:.1%}", f"{reward:.3f}"])
+    return table(
+        ["task", "data", "seed", "who", "steps", "regions", "steps in regions without data",
+         "mean reward of a step"],
+        lines,
+    )  # fmt: skip
 
 
 def draw_visits(left, right, rows: list[Bin], high: float, low: float) -> None:

@@ -17,8 +17,20 @@ from benchmark.grid import BASELINES, METHODS, ORACLES, WORLD_MODELS
 from benchmark.iqm import iqm_table
 from benchmark.markdown import fill_files, table
 from benchmark.oracle import PARTS
-from benchmark.rows import CEILING, ERRORS, ROOT, RUNS, SPEED, Error, Result, read
+from benchmark.rows import (
+    CEILING,
+    ERRORS,
+    ROOT,
+    RUNS,
+    SPEED,
+    VISITS,
+    Bin,
+    Error,
+    Result,
+    read,
+)  # fmt: skip
 from benchmark.speed_tables import speed_tables
+from benchmark.states import coverage_table
 from benchmark.timing import Row
 from envs import PAPER_MUJOCO, PAPER_SMAC
 from experiment.report import over_seeds
@@ -341,6 +353,7 @@ def tables(
     ceiling: Path = CEILING,
     errors: Path = ERRORS,
     timings: Path = SPEED,
+    visits: Path = VISITS,
     write: bool = False,
 ) -> None:
     """Print all tables, or write them into README.md, results/README.md and docs/speed.md.
@@ -350,6 +363,7 @@ def tables(
         ceiling: the same of runs with the true simulator as the world model
         errors: file of one-step errors, as `errors` writes it
         timings: file of measurements, as `speed` writes it
+        visits: file of visited states, as `coverage` writes it
         write: replace the text between `<!-- table: NAME -->` and `<!-- /table -->` instead
     """
     made = results_tables(read(results, Result))
@@ -358,6 +372,7 @@ def tables(
     made["errors"] = errors_table(known)
     made["horizons"] = horizons(group(read(results, Result)), known, NAMES)
     made["speed"] = speed_tables(read(timings, Row))
+    made["coverage"] = coverage_table(read(visits, Bin), NAMES)
     if write:
         for path in fill_files(TEXTS, made):
             print(f"wrote {path.relative_to(ROOT)}")

@@ -258,16 +258,18 @@ def test_a_resumed_model_draws_the_same():
 
 @discrete_or_not
 def test_a_rollout_is_one_latent_step_after_another(discrete):
-    """What was decoded, and clamped, is not read again."""
+    """What was decoded, and clamped, is read again after the three steps of a window alone."""
     model, data = small(discrete)
-    starts, horizon = data.sample(20, torch.Generator().manual_seed(0)), 4
+    starts, horizon = data.sample(20, torch.Generator().manual_seed(0)), 5
     actions = torch.stack([data.actions[k : k + 20] for k in range(horizon)])
     played = iter(actions)
     g = torch.Generator().manual_seed(1)
     rollout = model.imagine(lambda *_: next(played), starts, horizon, g)
-    first = h = model.represent(starts.obs)
     for t in range(horizon):
-        h, out = model.follow(first, h, starts.obs, starts.state, actions[t])
+        if t in (0, 3):
+            start = rollout["obs"][t], rollout["state"][t]
+            first = h = model.represent(start[0])
+        h, out = model.follow(first, h, *start, actions[t])
         for key in ("obs", "state"):
             clamped = model.rows.clamp_to_data(key, out[f"next_{key}"])
             torch.testing.assert_close(rollout[key][t + 1], clamped)
@@ -280,7 +282,8 @@ def test_a_rollout_is_one_latent_step_after_another(discrete):
         if t == 0:
             step = model.step(starts.obs, starts.state, actions[0])
             torch.testing.assert_close(step, out)
-    torch.testing.assert_close(h, model.unrolled(first, actions)[-1])  # as in training
+        if t == 2:  # as in training
+            torch.testing.assert_close(h, model.unrolled(first, actions[:3])[-1])
     assert (rollout["uncertainty"] == 0).all()
 
 

@@ -368,6 +368,7 @@ def test_the_texts_hold_the_tables_of_the_committed_rows():
     made["errors"] = tables.errors_table(errors)
     made["horizons"] = tables.horizons(groups, errors, tables.NAMES)
     made["speed"] = tables.speed_tables(read(tables.SPEED, tables.Row))
+    made["coverage"] = tables.coverage_table(read(tables.VISITS, tables.Bin), tables.NAMES)
     used = set()
     for path in tables.TEXTS:
         text = path.read_text()

@@ -90,6 +90,17 @@ def test_coverage_of_two_runs(dataset, tmp_path, undrawn, capsys):
         cli(["coverage", "--runs", str(tmp_path)])
 
 
+def test_steps_beyond_the_data_are_counted():
+    def row(method, x, visits, reward):
+        return Bin(method, "x", "q", 1, x, 0, x, 0, 1, 1, visits, reward, "c")
+
+    rows = [row("data", 0, 9, 1.0), row("data", 1, 1, 0.0), row("logo", 1, 3, 2.0)]
+    rows += [row("logo", 2, 1, 0.0)]
+    *_, data, logo = states.coverage_table(rows, {"logo": "LOGO"}).splitlines()
+    assert [x.strip() for x in data.split("|")][4:9] == ["the data", "10", "2", "0.0%", "0.900"]
+    assert [x.strip() for x in logo.split("|")][4:9] == ["LOGO", "4", "2", "25.0%", "1.500"]
+
+
 def test_a_row_replaces_its_older_self(tmp_path):
     file, row = tmp_path / "visits.csv", Bin("a", "x", "q", 1, 0, 0, 0, 0, 1, 1, 5, 0.5, "c")
     other = Bin("a", "x", "q", 1, 0, 1, 0, 1, 1, 1, 7, 0.5, "c")
