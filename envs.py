@@ -28,12 +28,13 @@ Sizes: E parallel episodes, N agents, O observation, S state, A actions.
 
 import contextlib
 import functools
-import importlib
-import io
+import importlib.util
 import os
 import re
 import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -172,14 +173,26 @@ class _Smax(NamedTuple):
 
 
 @contextlib.contextmanager
-def _nothing_printed():
-    """Drop what is printed to the standard output; JaxMARL resets it to sys.__stdout__."""
-    real = sys.__stdout__
+def _without_the_rest_of_jaxmarl():
+    """Packages in JaxMARL's place whose import runs nothing, so that SMAX alone is imported.
+
+    JaxMARL itself would import all of its environments, which takes six times as long, and print
+    which of them lack something. Afterwards `import jaxmarl` is the usual one again.
+    """
+    found = importlib.util.find_spec("jaxmarl")
+    if found is None:
+        raise ImportError("No module named 'jaxmarl'")
+    bare = {}
+    for name, inside in (("jaxmarl", ""), ("jaxmarl.environments", "environments")):
+        if name not in sys.modules:
+            bare[name] = types.ModuleType(name)
+            bare[name].__path__ = [str(Path(found.submodule_search_locations[0], inside))]
+    sys.modules.update(bare)
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as sys.__stdout__:
-            yield
+        yield
     finally:
-        sys.__stdout__ = real
+        for name in bare:
+            del sys.modules[name]
 
 
 @functools.cache
@@ -189,7 +202,7 @@ def _import_smax() -> _Smax:
     try:
         import jax
 
-        with _nothing_printed():  # JaxMARL reports on environments that are of no use here
+        with _without_the_rest_of_jaxmarl():
             from jaxmarl.environments.smax import HeuristicEnemySMAX, smax_env
     except ImportError as e:
         raise ImportError(

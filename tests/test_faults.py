@@ -505,11 +505,16 @@ def test_results_that_are_damaged_are_one_sentence(tmp_path):
             compare([tmp_path])
 
 
-def test_what_jaxmarl_prints_does_not_reach_the_user(monkeypatch, capfd):
-    """Nor does it escape through sys.__stdout__, to which JaxMARL's import resets the output."""
+def test_smax_alone_is_imported_of_jaxmarl(monkeypatch, capfd):
+    """What the rest of JaxMARL prints does not reach the user, and a user can still import it."""
     for name in [x for x in sys.modules if x.partition(".")[0] == "jaxmarl"]:
         monkeypatch.delitem(sys.modules, name)
     smax = envs._import_smax.__wrapped__()  # imports it once more
-    assert "jaxmarl" in sys.modules and "3s_vs_5z" in smax.map_names
+    assert "jaxmarl.environments.smax" in sys.modules and "3s_vs_5z" in smax.map_names
+    assert not {"jaxmarl", "jaxmarl.environments"} & sys.modules.keys()
+    assert "jaxmarl.environments.overcooked" not in sys.modules
     print("mine")
     assert capfd.readouterr().out == "mine\n"
+    import jaxmarl
+
+    assert jaxmarl.make("HeuristicEnemySMAX").num_allies > 0
