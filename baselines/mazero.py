@@ -20,10 +20,7 @@ world models"). Nothing is played while it learns: no replay priorities, no rean
 
 Departures: o and s have decoders, because a rollout under MACQL consists of them. They say what has
 changed since the represented moment, whose o and s are known, so that errors of single steps do not
-add up. A rollout longer than K represents what it decoded after K steps and goes on from there: the
-latent state is advanced no further than in training, beyond which it soon leaves what the decoders
-know (on 3s_vs_5z the state's error after 15 steps was .35 without, .23 with it, and .61 where
-every step is represented; 1,000 updates, seed 101). Available actions and ends are read off the decoded o and s by the heads of all world models
+add up. Available actions and ends are read off the decoded o and s by the heads of all world models
 here (joint.py; D3, D4, D11 apply), which do not shape the latent state. The reward is one number
 and has a squared error, which MAZero's code offers beside its cross-entropy over a support; the
 last step's is the end head's, as in LOGO. Windows stay within an episode, while MAZero's run on
@@ -32,6 +29,11 @@ orthogonal initialisation and no clipping of gradients. MAZero's code halves the
 consistency and heads as well, ours only what comes from the next step. Sizes are the published
 ones; a batch has fewer windows, so that an update takes no more than twice LOGO's time on one core.
 Step sizes are LOGO's; MAZero's is 5e-4.
+
+Also ours: arollout longer than K represents what it decoded after K steps and goes on from there:
+the latent state is advanced no further than in training, beyond which it soon leaves what the
+decoders know (on 3s_vs_5z the state's error after 15 steps was .35 without, .23 with it, and .61
+where every step is represented; 1,000 updates, seed 101).
 
 Source: https://github.com/liuqh16/MAZero at b1c5084: config/smac/{model,attention}.py,
 core/{config,train}.py.
