@@ -30,7 +30,7 @@ consistency and heads as well, ours only what comes from the next step. Sizes ar
 ones; a batch has fewer windows, so that an update takes no more than twice LOGO's time on one core.
 Step sizes are LOGO's; MAZero's is 5e-4.
 
-Also ours: arollout longer than K represents what it decoded after K steps and goes on from there:
+Also ours: a rollout longer than K represents what it decoded after K steps and goes on from there:
 the latent state is advanced no further than in training, beyond which it soon leaves what the
 decoders know (on 3s_vs_5z the state's error after 15 steps was .35 without, .23 with it, and .61
 where every step is represented; 1,000 updates, seed 101).
