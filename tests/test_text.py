@@ -100,7 +100,8 @@ def test_a_package_explains_its_commands(folder, program):
     done = program(folder, "--help")
     commands = {
         "datasets": "info convert download", "behaviour": "train record list",
-        "experiment": "watch report", "benchmark": "grid ceiling errors coverage tables figures speed",
+        "experiment": "watch report",
+        "benchmark": "grid ceiling errors coverage tables figures speed",
     }  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in commands[folder].split())
@@ -177,7 +178,8 @@ def test_links_lead_to_files_and_nothing_is_left_open(path):
 def test_commands_in_the_texts_exist():
     known = {
         "datasets": "info convert download", "behaviour": "train record list",
-        "experiment": "watch report", "benchmark": "grid ceiling errors coverage tables figures speed",
+        "experiment": "watch report",
+        "benchmark": "grid ceiling errors coverage tables figures speed",
     }  # fmt: skip
     for path in TEXTS:
         for folder, command in re.findall(r"python -m (\w+) (\w+)", path.read_text()):
