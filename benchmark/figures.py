@@ -160,9 +160,11 @@ def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
         ax.invert_yaxis()
         ax.set_title(f"{cell.env_id}, {cell.quality}")
         ax.set_xlabel("return (grey: other flags)")
-        draw_depth(axes[1, column], [d for d in depths if d.env_id == cell.env_id
-                                     and d.quality == cell.quality and not d.variant])  # fmt: skip
-    axes[1, 0].set_ylabel("discounted value")
+        here = [d for d in depths if (d.env_id, d.quality, d.variant) == (*cell[::2], "")]
+        if here:
+            draw_depth(axes[1, column], here)
+        else:
+            axes[1, column].set_axis_off()
     entries = {}
     for ax in axes[1]:
         entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
@@ -188,6 +190,7 @@ def draw_depth(ax, depths: list[Depth]) -> None:
             }[name]
             ax.plot(steps, means, style, color=f"C{k}", label=f"{label} ({NAMES[method]})")
     ax.set_xlabel("step of the rollout")
+    ax.set_ylabel("discounted value")
 
 
 def draw_predicted(rows: list[Point]) -> bytes:
@@ -214,11 +217,10 @@ def draw_predicted(rows: list[Point]) -> bytes:
         xs, ys = [p.true_1 for p in near], [p.true_2 for p in near]
         for ax, method in zip(line, methods, strict=True):
             ax.set_xticks([]), ax.set_yticks([])
-            ax.set_title(NAMES[method])
-            if method in by_method:
-                draw_points(ax, by_method[method])
-                ax.set_xlim(min(xs) - 1, max(xs) + 1)
-                ax.set_ylim(min(ys) - 1, max(ys) + 1)
+            ax.set_xlim(min(xs) - 1, max(xs) + 1)
+            ax.set_ylim(min(ys) - 1, max(ys) + 1)
+            ax.set_title(NAMES[method] if method in by_method else f"{NAMES[method]}: not run")
+            draw_points(ax, by_method.get(method, []))
         line[0].set_ylabel(f"{cell[0]}\ntrained on {cell[1]}, tested on {cell[2]}", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)

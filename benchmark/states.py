@@ -65,6 +65,8 @@ def points(model, data: OfflineDataset, test: OfflineDataset, key: tuple) -> lis
 
 def draw_points(ax, rows: list[Point]) -> None:
     """True next states in grey, predictions in colour, a line from each to its own."""
+    if not rows:
+        return
     true = np.array([(p.true_1, p.true_2) for p in rows])
     predicted = np.array([(p.predicted_1, p.predicted_2) for p in rows])
     ax.plot(*np.stack([true, predicted], -1).transpose(1, 2, 0), color="C1", lw=0.5, alpha=0.6)

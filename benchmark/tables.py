@@ -328,7 +328,7 @@ def errors_table(rows: list[Error]) -> str:
                     continue
                 line += [test, len(some)]
                 line += [over_seeds([row.state_mse for row in some], 4)]
-                line += [over_seeds([row.reward_mse for row in some], 3)]
+                line += [over_seeds([row.reward_mse for row in some], 4)]
                 line += [f"{np.mean([row.persistence_state_mse for row in some]):.4f}"]
             if len(line) > 3:
                 lines.append([*line, *[""] * (13 - len(line))])
