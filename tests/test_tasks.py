@@ -29,7 +29,8 @@ def stop_sooner(robot: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("env_id", envs.PAPER_SMAC + envs.PAPER_MUJOCO)
 def test_one_update_of_every_quality(env_id, tmp_path, monkeypatch, undrawn):
-    """4 qualities of each of the 8 tasks: recorded with the shipped policies, trained, played."""
+    """4 qualities of each of the 8 tasks: recorded with the shipped policies; trained and played on
+    the two that differ most, because the others' rows have the same shapes."""
     returns = {}
     if env_id in ("Ant-2x4", "HalfCheetah-6x1"):  # these do not fall, or late
         stop_sooner(env_id.partition("-")[0], monkeypatch)
@@ -38,6 +39,10 @@ def test_one_update_of_every_quality(env_id, tmp_path, monkeypatch, undrawn):
     for quality, players in PLAYERS.items():
         path = tmp_path / f"{quality}.h5"
         record(env_id, quality, max(2, slots * players), seed=0, path=path)
+        if quality in ("medium", "mixed"):
+            _, _, metadata = datasets.read_episodes(path)
+            assert metadata["quality"] == quality and metadata["env_id"] == env_id
+            continue
         final = train.cli(
             [*ONE, "--env-id", env_id, "--quality", quality, "--dataset", str(path)]
             + ["--out", str(tmp_path / quality), "--eval-episodes", str(slots)]
