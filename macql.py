@@ -31,10 +31,12 @@ Departures from the paper, each with a flag of train.py (docs/deviations.md):
   D4  the value in the Bellman target lies within the returns of recorded episodes.
   D12 step sizes fall linearly to zero.  D13 a moving average of the actor is evaluated.
   D14 one actor network for all agents.  D21 the value in Eq. (12) divided by its magnitude.
-Readings, where the paper leaves a choice: cloning is averaged over the agents, where Algorithm 1,
-line 31 gives each agent its own loss; the policy maximises the mean of the critics (the minimum is
-for the target alone); a shared actor of discrete actions standardises with statistics averaged over
-the agents; with continuous actions the policy stands for the maximum of Eq. (11).
+  D26 the critic learns alone before the policies move.
+Readings, where the paper leaves a choice: continuous actions are cloned in the mean over the
+agents, where Algorithm 1, line 31 gives each agent its own loss; the policy maximises the mean of
+the critics (the minimum is for the target alone); a shared actor of discrete actions standardises
+with statistics averaged over the agents; with continuous actions the policy stands for the maximum
+of Eq. (11).
 
 Sizes: B batch, N agents, O observation, S state, A action, K critics, P stacked networks.
        o (B,N,O)  s (B,S)  a (B,N,A)  r (B,)  avail (B,N,A) or None
@@ -311,7 +313,9 @@ def policy_loss(
     """
     size, pi = len(batch.reward), actor(batch.obs, batch.avail)  # (B,N,A)
     rows = 1.0 if imagined_in == "printed" else real_weights(is_real)  # Deviation D8
-    distance = (pi - batch.actions).square().sum(-1).mean(-1)  # (B,) |pi_i(o^i) - a^i|^2
+    distance = (pi - batch.actions).square().sum(-1)  # (B,N) |pi_i(o^i) - a^i|^2
+    # Discrete: each agent's own loss, line 31, as Q is a sum over the agents, too
+    distance = distance.sum(-1) if actor.discrete else distance.mean(-1)  # (B,)
     value = torch.zeros_like(distance)
     if critic is not None:
         value = critic(batch.obs, batch.state, pi).mean(0)  # (B,)
@@ -361,6 +365,7 @@ class MACQL:
         gamma, cql_alpha, conservative, backup, bounds: see `critic_loss`.
         imagined_in: see `critic_loss` and `policy_loss`.
         bc_lambda, normalise_q: see `policy_loss`.
+        critic_first: updates in which the critic alone learns and the policies stay as they are.
     """
 
     compilable = ("critic_loss", "policy_loss")  # functions of tensors alone, for torch.compile
@@ -368,11 +373,13 @@ class MACQL:
     def __init__(
         self, actor: Actor, critic: Critic | None, lr=1e-3, decay_updates=0, tau=0.05,
         ema_decay=0.995, gamma=0.99, cql_alpha=0.1, conservative="logsumexp", backup="policy",
-        imagined_in="bellman", bounds=(-math.inf, math.inf), bc_lambda=0.3, normalise_q=False,
+        imagined_in="bellman", bounds=(-math.inf, math.inf), bc_lambda=0.1, normalise_q=False,
+        critic_first=0,
     ):  # fmt: skip
         self.actor, self.ema_actor = actor, copy.deepcopy(actor)
         self.critic, self.critic_target = critic, copy.deepcopy(critic)
         self.tau, self.ema_decay, self.conservative = tau, ema_decay, conservative
+        self.critic_first = critic_first if critic is not None else 0
         self.critic_loss = partial(
             critic_loss, gamma=gamma, alpha=cql_alpha, conservative=conservative, backup=backup,
             imagined_in=imagined_in, bounds=bounds,
@@ -388,13 +395,14 @@ class MACQL:
                 self.schedules[name] = linear_decay(optimizer, decay_updates)
 
     def update(self, batch, is_real, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """One gradient step on the critic, then one on the policies.
+        """One gradient step on the critic, then, after `critic_first` updates, one on the policies.
 
         Args:
             batch: a `buffer.Batch` of real and imagined rows. is_real (B,): 1 where a row is of D.
             generator: of the random actions in the continuous log-sum-exp.
         Returns:
-            metrics as 0-d tensors: q_td, q_data, q_all, q_gap, pi_q, pi_bc.
+            metrics as 0-d tensors: q_td, q_data, q_all, q_gap; with a step on the policies
+            pi_q, pi_bc.
         """
         actor, critic, metrics = self.actor, self.critic, {}
         if critic is not None:
@@ -407,12 +415,14 @@ class MACQL:
             descend(self.optimizers["critic"], loss)
             soft_update(self.critic_target, critic, self.tau)  # Deviation D19
             metrics |= {f"q_{name}": value for name, value in parts.items()}
-        loss, parts = self.policy_loss(actor, critic, batch, is_real)
-        descend(self.optimizers["actor"], loss)
-        soft_update(self.ema_actor, actor, 1 - self.ema_decay)  # Deviation D13
+        if self.schedules["actor"].last_epoch >= self.critic_first:  # Deviation D26
+            loss, parts = self.policy_loss(actor, critic, batch, is_real)
+            descend(self.optimizers["actor"], loss)
+            soft_update(self.ema_actor, actor, 1 - self.ema_decay)  # Deviation D13
+            metrics |= {f"pi_{name}": value for name, value in parts.items()}
         for schedule in self.schedules.values():
             schedule.step()
-        return metrics | {f"pi_{name}": value for name, value in parts.items()}
+        return metrics
 
     def parts(self) -> dict:
         """Everything with a state: networks, optimisers, schedules of the step sizes."""

@@ -147,7 +147,10 @@ class Args:
     printed [Algorithm 1]"""
     warm_start: bool = True
     """D18: start the policy from the clone; paper: no [ours]"""
-    bc_lambda: float = 0.3
+    critic_first: float = 0.25
+    """D26: share of the updates in which the critic learns alone, before the policy moves; paper: 0
+    [ours]"""
+    bc_lambda: float = 0.1
     """D17: lambda, weight of behaviour cloning in Eq. (12); paper: 1 [ours]"""
 
     # Evaluation and bookkeeping
@@ -165,13 +168,13 @@ class Args:
 
 # Defaults where actions are continuous; chosen on other seeds than those reported
 CONTINUOUS = {"eval_episodes": 20, "updates": 5_000, "conservative": "expectation",
-              "gamma": 0.95, "bc_lambda": 0.6}  # fmt: skip
+              "gamma": 0.95, "critic_first": 0.0, "bc_lambda": 0.6}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
 PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": False,
          "clamp": False, "zeros": False, "observe": "predicted", "imagine_after": 0.0,
          "epsilon": 0.0, "model_retain": 0, "u_scale": 1.0, "lr_decay": False,
          "shared_actor": False, "critics": 1, "tau": 1.0, "conservative": "expectation",
-         "backup": "max", "imagined_in": "printed", "warm_start": False,
+         "backup": "max", "imagined_in": "printed", "warm_start": False, "critic_first": 0.0,
          "bc_lambda": 1.0}  # fmt: skip
 
 
@@ -213,6 +216,7 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         0.0 if args.paper else 0.995,  # Deviation D13
         args.gamma, args.cql_alpha, args.conservative, args.backup, args.imagined_in, bounds,
         args.bc_lambda, normalise_q=not (spec.discrete or args.paper),  # Deviation D21
+        critic_first=round(args.critic_first * args.updates),  # Deviation D26
     )  # fmt: skip
 
 

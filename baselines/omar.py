@@ -52,7 +52,8 @@ ROUNDS, CANDIDATES, ELITES, SIGMA = 2, 20, 5, 2.0
 class Args(train.Args):
     """OMAR: every agent searches for the best action under its own conservative critic."""
 
-    NO_EFFECT: ClassVar = ("critic", "conservative", "backup", "imagined_in", "bc_lambda")
+    NO_EFFECT: ClassVar = ("critic", "conservative", "backup", "imagined_in", "critic_first",
+                           "bc_lambda")  # fmt: skip
 
     synthetic_fraction: float = 0.0
     """share of imagined rows; more than 0 puts OMAR on LOGO's world model [ours]"""

@@ -49,7 +49,7 @@ class Args(train.Args):
     """OMIGA: every agent clones its good actions more than its bad ones."""
 
     NO_EFFECT: ClassVar = ("critic", "critics", "cql_alpha", "conservative", "backup",
-                           "imagined_in", "bc_lambda")  # fmt: skip
+                           "imagined_in", "critic_first", "bc_lambda")  # fmt: skip
 
     synthetic_fraction: float = 0.0
     """share of imagined rows; more than 0 puts OMIGA on LOGO's world model [ours]"""
