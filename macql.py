@@ -359,7 +359,8 @@ class MACQL:
         actor: the policies; `ema_actor`, a moving average of its weights, is what to evaluate.
         critic: None leaves behaviour cloning.
         lr: Adam's step size of actor and critic.
-        decay_updates: updates in which it falls linearly to zero; 0 keeps it constant.
+        decay_updates: updates in which it falls linearly to zero, the policies' from their first
+            update on; 0 keeps it constant.
         tau: share by which the target critic follows per update.
         ema_decay: decay per update of the moving average; 0 evaluates the latest actor.
         gamma, cql_alpha, conservative, backup, bounds: see `critic_loss`.
@@ -388,11 +389,14 @@ class MACQL:
             policy_loss, bc_lambda=bc_lambda, normalise_q=normalise_q, imagined_in=imagined_in
         )
         self.optimizers, self.schedules = {}, {}
+        waiting = {"actor": self.critic_first, "critic": 0}
         for name, network in (("actor", actor), ("critic", critic)):
             if network is not None:
                 optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=True)
                 self.optimizers[name] = optimizer
-                self.schedules[name] = linear_decay(optimizer, decay_updates)
+                self.schedules[name] = linear_decay(
+                    optimizer, max(0, decay_updates - waiting[name])
+                )
 
     def update(self, batch, is_real, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """One gradient step on the critic, then, after `critic_first` updates, one on the policies.
@@ -413,16 +417,16 @@ class MACQL:
                 critic, self.critic_target, actor, batch, is_real, noise=noise
             )
             descend(self.optimizers["critic"], loss)
+            self.schedules["critic"].step()
             soft_update(self.critic_target, critic, self.tau)  # Deviation D19
             metrics |= {f"q_{name}": value for name, value in parts.items()}
-        if self.schedules["actor"].last_epoch >= self.critic_first:  # Deviation D26
-            loss, parts = self.policy_loss(actor, critic, batch, is_real)
-            descend(self.optimizers["actor"], loss)
-            soft_update(self.ema_actor, actor, 1 - self.ema_decay)  # Deviation D13
-            metrics |= {f"pi_{name}": value for name, value in parts.items()}
-        for schedule in self.schedules.values():
-            schedule.step()
-        return metrics
+            if self.schedules["critic"].last_epoch <= self.critic_first:  # Deviation D26
+                return metrics
+        loss, parts = self.policy_loss(actor, critic, batch, is_real)
+        descend(self.optimizers["actor"], loss)
+        self.schedules["actor"].step()
+        soft_update(self.ema_actor, actor, 1 - self.ema_decay)  # Deviation D13
+        return metrics | {f"pi_{name}": value for name, value in parts.items()}
 
     def parts(self) -> dict:
         """Everything with a state: networks, optimisers, schedules of the step sizes."""

@@ -768,7 +768,8 @@ def test_eq_12_equals_a_loop_over_rows_and_agents(discrete, normalise_q, imagine
         for i in range(N):
             distance[b, i] = squared_distance(pi[i], array(batch.actions[b, i]))
     rows = [b for b in range(B) if imagined_in == "printed" or case.is_real[b] == 1]
-    cloning = np.mean([distance[b, i] for b in rows for i in range(N)])
+    over_agents = np.sum if discrete else np.mean
+    cloning = np.mean([over_agents(distance[b]) for b in rows])
     scale = np.mean(np.abs(value[rows])) if normalise_q else 1.0
     gain = np.mean(value[rows]) / scale - LAMBDA * cloning
     loss, parts = policy_loss(

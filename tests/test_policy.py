@@ -304,7 +304,7 @@ OTHERWISE = {  # than the defaults, which are the first entries
     "backup": ("policy", "max"),
     "imagined_in": ("bellman", "printed"),
     "bounds": ((-np.inf, np.inf), (0.1, 0.2)),
-    "bc_lambda": (0.3, 1.5),
+    "bc_lambda": (0.1, 1.5),
     "normalise_q": (False, True),
     "tau": (0.05, 0.5),
     "ema_decay": (0.995, 0.8),
@@ -352,6 +352,54 @@ def test_an_update_is_one_step_on_critic_then_actor(option):
         for p, q in zip(mine.parameters(), other.parameters(), strict=True):
             assert torch.equal(p, q)
     assert learner.optimizers["actor"].param_groups[0]["lr"] == pytest.approx(0.009)
+
+
+def parameters(network) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in network.parameters()]
+
+
+def same(before: list, network) -> bool:
+    return all(map(torch.equal, before, network.parameters()))
+
+
+def test_the_policy_waits_until_the_critic_has_learnt():
+    g, ones = torch.Generator().manual_seed(0), torch.ones(32)
+    learner = macql(critic_first=3)
+    actor, average = parameters(learner.actor), parameters(learner.ema_actor)
+    for k in range(3):
+        critic = parameters(learner.critic)
+        metrics = learner.update(bandit(32, g), ones, g)
+        assert "q_td" in metrics and "pi_bc" not in metrics
+        assert not same(critic, learner.critic)
+        assert same(actor, learner.actor) and same(average, learner.ema_actor)
+        if k == 1:  # interrupted, the resumed learner waits for one update more
+            resumed = macql(critic_first=3)
+            resumed.load_state_dict(copy.deepcopy(learner.state_dict()))
+            resumed.update(bandit(32, g), ones, g)
+            assert same(actor, resumed.actor)
+            resumed.update(bandit(32, g), ones, g)
+            assert not same(actor, resumed.actor)
+    assert "pi_bc" in learner.update(bandit(32, g), ones, g)
+    assert not same(actor, learner.actor) and not same(average, learner.ema_actor)
+    clone = macql(critic=False, critic_first=3)  # there is nothing to wait for
+    assert "pi_bc" in clone.update(bandit(32, g), ones, g)
+
+
+def test_every_agent_descends_its_own_loss():
+    """Algorithm 1, line 31: with other agents held fixed, lambda |pi_i - a^i|^2 - Q."""
+    g, ones = torch.Generator().manual_seed(0), torch.ones(32)
+    actor, critic = make_actor(ACTIONS, shared=False), make_critic(ACTIONS)
+    batch = bandit(32, g)
+    policy_loss(actor, critic, batch, ones, 0.7)[0].backward(inputs=list(actor.parameters()))
+    together = [p.grad.clone() for p in actor.parameters()]  # (N,...) each
+    for i in range(N):
+        pi = actor(batch.obs, batch.avail)
+        fixed = torch.stack([pi[:, j] if j == i else pi[:, j].detach() for j in range(N)], 1)
+        distance = (pi[:, i] - batch.actions[:, i]).square().sum(-1)
+        value = critic(batch.obs, batch.state, fixed).mean(0)
+        own = torch.autograd.grad((0.7 * distance - value).mean(), list(actor.parameters()))
+        for all_agents, alone in zip(together, own, strict=True):
+            torch.testing.assert_close(all_agents[i], alone[i])
 
 
 @pytest.mark.parametrize("critic", [True, False])

@@ -164,7 +164,7 @@ FLAGS = [
     "--deduce-from obs", "--deduce-from obs+state", "--no-heads", "--no-clamp", "--no-zeros",
     "--observe predicted", "--imagine-after 0", "--imagined-in printed", "--model-retain 0",
     "--uncertainty penalty", "--uncertainty shuffled", "--uncertainty none", "--no-lr-decay",
-    "--no-shared-actor",
+    "--no-shared-actor", "--critic-first 0",
     "--critics 1", "--conservative expectation", "--backup max", "--wm-weight-decay 1.0",
     "--wm-lr 0.1", "--synthetic-fraction 0", "--synthetic-fraction 1", "--no-warm-start",
     "--epsilon 1", "--u-scale 0.002", "--cql-alpha 9", "--bc-lambda 9", "--cap 0.01",
