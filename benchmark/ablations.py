@@ -8,7 +8,7 @@ python -m benchmark grid --methods logo direct --env-ids 6h_vs_8z --qualities me
 
 import re
 
-from benchmark.markdown import table
+from benchmark.markdown import code, table
 from benchmark.rows import Error
 from experiment.report import over_seeds
 
@@ -30,29 +30,31 @@ def returns(runs: dict | None) -> str:
 
 
 def uncertainty(groups: dict) -> str:
-    """One line per cell in which LOGO used u otherwise, all uses side by side.
+    """One line per cell and other flags with which LOGO used u otherwise, all uses side by side.
 
     Args:
         groups: of `tables.group`.
     """
     lines: dict[tuple, dict[str, str]] = {}
     for (cell, variant, method), runs in groups.items():
-        use = re.match(r"--uncertainty \w+|$", variant)
-        rest = re.sub(r"^--uncertainty \w+( --u-scale \S+)?", "", variant)
-        if method == "logo" and use and use[0] in USES and not rest and cell.backend != "offline":
-            unit = re.search(r"--u-scale (\S+)", variant)
-            told = f" (unit {unit[1]})" if unit else ""
-            line = lines.setdefault(cell, {})
-            line[use[0]] = ", ".join(filter(None, [line.get(use[0]), returns(runs) + told]))
+        if method != "logo" or cell.backend == "offline":
+            continue
+        use, unit, rest = "", None, variant
+        if found := re.search(r"(--uncertainty \w+)(?: --u-scale (\S+))? ?", variant):
+            use, unit = found.groups()
+            rest = variant.replace(found[0], "").strip()
+        told = returns(runs) + (f" (unit {unit})" if unit else "")
+        line = lines.setdefault((*cell, code(rest)), {})
+        line[use] = ", ".join(filter(None, [line.get(use), told]))
     lines = {cell: by_use for cell, by_use in lines.items() if len(by_use) > 1}
     return table(
-        ["task", "simulator", "data", *USES.values()],
+        ["task", "simulator", "data", "flags", *USES.values()],
         [[*cell, *(by_use.get(use, "not run") for use in USES)] for cell, by_use in lines.items()],
     )
 
 
 def horizons(groups: dict, errors: list[Error], names: dict[str, str], usual: int = 15) -> str:
-    """One line per cell and method that was run with another horizon, and its reward error.
+    """One line per cell, other flags and method with several horizons, and its reward error.
 
     Args:
         groups: of `tables.group`. errors: of the models after one step, in the reward's own units.
@@ -60,16 +62,19 @@ def horizons(groups: dict, errors: list[Error], names: dict[str, str], usual: in
     """
     lines: dict[tuple, dict[int, dict]] = {}
     for (cell, variant, method), runs in groups.items():
-        found = re.fullmatch(r"--horizon (\d+)|", variant)
-        if found and cell.backend != "offline" and method not in ("macql", "planning"):
-            lines.setdefault((cell, method), {})[int(found[1] or usual)] = runs
+        if cell.backend == "offline" or method in ("macql", "planning"):
+            continue
+        horizon, rest = usual, variant
+        if found := re.search(r"--horizon (\d+) ?", variant):
+            horizon, rest = int(found[1]), variant.replace(found[0], "").strip()
+        lines.setdefault((cell, rest, method), {})[horizon] = runs
     text = []
-    for (cell, method), by_horizon in lines.items():
+    for (cell, rest, method), by_horizon in lines.items():
         if len(by_horizon) > 1:
             same = (method, cell.env_id, cell.quality, cell.quality)
             wrong = [e.raw_reward_mse for e in errors if e.key[:-1] == same]
             error = over_seeds(wrong, 4) if wrong else "not measured"
             runs = [returns(by_horizon.get(h)) for h in HORIZONS]
-            text.append([*cell, names.get(method, method), *runs, error])
+            text.append([*cell, code(rest), names.get(method, method), *runs, error])
     columns = [f"H = {h}" for h in HORIZONS]
-    return table(["task", "simulator", "data", "method", *columns, "error of r'"], text)
+    return table(["task", "simulator", "data", "flags", "method", *columns, "error of r'"], text)

@@ -14,6 +14,11 @@ def table(header: list[str], lines: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
 
 
+def code(text: str) -> str:
+    """The text as code; nothing stays nothing."""
+    return f"`{text}`" if text else ""
+
+
 def fill(text: str, tables: dict[str, str]) -> str:
     """The text with every block `<!-- table: NAME --> ... <!-- /table -->` made of tables[NAME].
 

@@ -15,7 +15,7 @@ from behaviour import Quality
 from benchmark.ablations import horizons, uncertainty
 from benchmark.grid import BASELINES, METHODS, ORACLES, WORLD_MODELS
 from benchmark.iqm import iqm_table
-from benchmark.markdown import fill_files, table
+from benchmark.markdown import code, fill_files, table
 from benchmark.oracle import PARTS
 from benchmark.rows import (
     CEILING,
@@ -140,17 +140,22 @@ def comparison(groups: Groups) -> str:
 
 
 def field(groups: Groups) -> str:
-    """One line per method in each cell that any baseline was run in: returns, LOGO's difference."""
-    by_cell: dict[Cell, dict[str, Runs]] = {}
+    """One line per method in each cell that any baseline was run in: returns, LOGO's difference.
+
+    Runs with other flags than the defaults are compared among themselves.
+    """
+    together: dict[tuple[Cell, str], dict[str, Runs]] = {}
     for (cell, variant, method), runs in groups.items():
-        if variant == "" and cell.backend != "offline":
-            by_cell.setdefault(cell, {})[method] = runs
+        if cell.backend != "offline":
+            together.setdefault((cell, variant), {})[method] = runs
     lines = []
-    for cell, runs in by_cell.items():
-        for method in (*METHODS, *BASELINES) if runs.keys() & set(BASELINES) else ():
-            line = [*cell, NAMES[method]]
+    for (cell, variant), runs in together.items():
+        if not runs.keys() & set(BASELINES):
+            continue
+        for method in (*METHODS, *BASELINES):
+            line = [*cell, code(variant), NAMES[method]]
             if method not in runs:
-                lines.append([*line, 0, "not run", "", "", ""])
+                lines += [] if variant else [[*line, 0, "not run", "", "", ""]]
                 continue
             one = runs[method]
             by_seed, interval = paired_difference(runs.get("logo", {}), one)
@@ -159,13 +164,12 @@ def field(groups: Groups) -> str:
             bounds = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if compared and interval else ""
             returns = over(one, "return_mean"), win_rate(one)
             lines.append([*line, len(one), *returns, gain, bounds])
-        if lines and cell == Cell(*lines[-1][:3]):
-            first = next(iter(runs.values()))
-            clone = over(first, "clone_return")
-            lines.append([*cell, "behaviour cloning", len(first), clone, "", "", ""])
-            lines.append([*cell, "the data", "", data_return(first), "", "", ""])
+        first = next(iter(runs.values()))
+        clone = over(first, "clone_return")
+        lines.append([*line[:4], "behaviour cloning", len(first), clone, "", "", ""])
+        lines.append([*line[:4], "the data", "", data_return(first), "", "", ""])
     return table(
-        ["task", "simulator", "data", "method", "seeds", "return", "win rate",
+        ["task", "simulator", "data", "flags", "method", "seeds", "return", "win rate",
          "LOGO minus it (seeds)", "95 % interval"],
         lines,
     )  # fmt: skip
@@ -334,10 +338,6 @@ def errors_table(rows: list[Error]) -> str:
                 lines.append([*line, *[""] * (13 - len(line))])
     kinds = ["tested on", "seeds", "s'", "r'", "nothing changes"]
     return table(["task", "trained on", "model", *kinds, *kinds], lines)
-
-
-def code(text: str) -> str:
-    return f"`{text}`" if text else ""
 
 
 def results_tables(rows: list[Result]) -> dict[str, str]:

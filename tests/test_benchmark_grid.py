@@ -275,23 +275,26 @@ def test_uses_of_u_and_horizons_stand_side_by_side():
         row(mean=10.0), row(seed=2, mean=12.0), row(mean=7.0, variant="--uncertainty none"),
         row(mean=6.0, variant="--uncertainty penalty --u-scale 0.2"),
         row(mean=5.5, variant="--uncertainty penalty --u-scale 1"),
-        row(mean=99.0, variant="--uncertainty none --horizon 5"),  # differs in two ways
+        row(mean=99.0, variant="--horizon 5 --uncertainty none"),
+        row(mean=98.0, variant="--uncertainty none --critic-first 0"),  # nothing to compare it with
         row(mean=8.0, variant="--horizon 5"), row("macql", mean=3.0),
         row("direct", mean=4.0, env_id="2s3z"), row(mean=1.0, env_id="2s3z"),
     ]  # fmt: skip
     groups = tables.group(rows)
-    *_, line = tables.uncertainty(groups).splitlines()
-    cells = [x.strip() for x in line.strip("|").split("|")]
-    assert cells[4:] == ["not run", "7.00", "6.00 (unit 0.2), 5.50 (unit 1)"]
-    assert cells[3].startswith("11.00 ±") and cells[3].endswith("(2)")
+    _, _, *lines = tables.uncertainty(groups).splitlines()
+    cells, shorter = ([x.strip() for x in line.strip("|").split("|")] for line in lines)
+    assert cells[3] == "" and cells[5:] == ["not run", "7.00", "6.00 (unit 0.2), 5.50 (unit 1)"]
+    assert cells[4].startswith("11.00 ±") and cells[4].endswith("(2)")
+    assert shorter[3:] == ["`--horizon 5`", "8.00", "not run", "99.00", "not run"]
     error = Error("logo", "3s_vs_5z", "medium", "medium", 1, 9, *[0.5] * 3, 0.125, *[None] * 2,
                   9, 1.0, 9, "", "", "", "")  # fmt: skip
     other = dataclasses.replace(error, tested_on="expert", raw_reward_mse=9.0)
     header, _, *lines = tables.horizons(groups, [error, other], tables.NAMES).splitlines()
-    assert len(lines) == 1 and "H = 20" in header  # one horizon alone is no comparison
-    cells = [x.strip() for x in lines[0].strip("|").split("|")]
-    assert cells[3:6] == ["LOGO", "8.00", "not run"] and cells[6].startswith("11.00")
-    assert cells[7:] == ["not run", "0.1250"]
+    assert len(lines) == 2 and "H = 20" in header  # one horizon alone is no comparison
+    cells, without_u = ([x.strip() for x in line.strip("|").split("|")] for line in lines)
+    assert cells[3:7] == ["", "LOGO", "8.00", "not run"] and cells[7].startswith("11.00")
+    assert cells[8:] == ["not run", "0.1250"]
+    assert without_u[3:8] == ["`--uncertainty none`", "LOGO", "99.00", "not run", "7.00"]
 
 
 def test_the_ceiling_has_a_column_for_each_content_of_d_m():
