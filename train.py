@@ -7,8 +7,8 @@
   python train.py --help                                    every hyperparameter and its source
 
 `main` is Algorithm 1 of the paper: clone the data's policy (the baseline to beat), train the world
-model (Phase 1), then in turn imagine rollouts (Phase 2) and improve the policy on half real, half
-imagined transitions (Phase 3). The equations are in logo_wm.py, macql.py and buffer.py.
+model (Phase 1), then in turn imagine rollouts (Phase 2) and improve the policy on real and imagined
+transitions (Phase 3). The equations are in logo_wm.py, macql.py and buffer.py.
 """
 
 import argparse
@@ -117,9 +117,11 @@ class Args:
     updates: int = 8_000
     """gradient steps on policy and critic, and on the clone [ours; Table 8 says 10^7 rows]"""
     batch_size: int = 128
-    """B, rows per step, real and imagined together [Table 8]"""
+    """B, rows per step [Table 8]"""
     synthetic_fraction: float = 0.5
-    """share of imagined rows; 0 leaves MACQL [Sec. 4.3: 0.5]"""
+    """imagined rows per step, as a share of B; 0 leaves MACQL [Sec. 4.3: 0.5]"""
+    imagined_rows: Literal["added", "instead"] = "added"
+    """D27: they are added to the B real rows, or stand instead of some; paper: instead [ours]"""
     lr: float = 1e-3
     """Adam's step size for every network [Table 8]"""
     lr_decay: bool = True
@@ -167,11 +169,13 @@ class Args:
 
 
 # Defaults where actions are continuous; chosen on other seeds than those reported
-CONTINUOUS = {"eval_episodes": 20, "updates": 5_000, "conservative": "expectation",
-              "gamma": 0.95, "critic_first": 0.0, "bc_lambda": 0.6}  # fmt: skip
+CONTINUOUS = {"eval_episodes": 20, "updates": 5_000, "imagined_rows": "instead",
+              "conservative": "expectation", "gamma": 0.95, "critic_first": 0.0,
+              "bc_lambda": 0.6}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
 PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": False,
          "clamp": False, "zeros": False, "observe": "predicted", "imagine_after": 0.0,
+         "imagined_rows": "instead",
          "epsilon": 0.0, "model_retain": 0, "u_scale": 1.0, "lr_decay": False,
          "shared_actor": False, "critics": 1, "tau": 1.0, "conservative": "expectation",
          "backup": "max", "imagined_in": "printed", "warm_start": False, "critic_first": 0.0,
@@ -250,7 +254,9 @@ def main(
     env, spec = setup.choose_simulator(args, data, metadata)  # env None: nothing plays this task
     setup.check_memory(args, spec, device)
     n_synthetic = round(args.synthetic_fraction * args.batch_size)  # 0: no world model
-    n_real = args.batch_size - n_synthetic
+    n_real = args.batch_size  # beside imagined rows
+    if args.imagined_rows == "instead":  # Deviation D27
+        n_real -= n_synthetic
 
     # Networks and optimisers
     torch.manual_seed(args.seed)
@@ -320,7 +326,7 @@ def main(
                     rollout["reward"] -= rollout["uncertainty"] / args.u_scale  # Eq. (1)
                 model_data.add(rollout)  # with P_u, for the weights of Eq. (7) when sampling
                 run.imagined_rows += args.horizon * args.rollout_batch_size
-        # Phase 3, lines 23-29: half of each batch is real
+        # Phase 3, lines 23-29: real and imagined rows in one batch
         batch = data.sample(n_real if imagining else args.batch_size, rng)
         is_real = torch.ones_like(batch.reward)
         if imagining:

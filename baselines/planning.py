@@ -41,8 +41,6 @@ class Args(train.Args):
 
     NO_EFFECT: ClassVar = ("critic", "imagined_in", "uncertainty", "cap", "u_scale")
 
-    batch_size: int = 256
-    """B, rows per step, of which the imagined half is left out: 128, MACQL's, remain [ours]"""
     imagine_after: float = 0.0
     """share of the updates before the first planning [ours]"""
     candidates: int = 3

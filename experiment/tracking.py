@@ -132,8 +132,8 @@ class Run:
 
     def log(self, metrics: dict[str, torch.Tensor]) -> None:
         """Remember this update's metrics, 0-d tensors; nothing is read from the GPU yet."""
-        self._names = list(metrics)
-        self._history.append(torch.stack(list(metrics.values())))  # a copy, for CUDA graphs
+        values = torch.stack(list(metrics.values()))  # a copy, for CUDA graphs
+        self._history.append((list(metrics), values))
 
     def evaluation(self, update: int, score: dict) -> None:
         """Keep the score of `envs.evaluate` after this many policy updates."""
@@ -172,14 +172,17 @@ class Run:
         """The latest metrics as numbers, after a check of all since the last row of metrics.csv."""
         if not self._history:
             return {}
-        values = torch.stack(self._history).cpu()
-        for row, column in values.isfinite().logical_not().nonzero()[:1].tolist():
+        which = [(i, name) for i, (names, _) in enumerate(self._history) for name in names]
+        values = torch.cat([values for _, values in self._history]).cpu()
+        for wrong in values.isfinite().logical_not().nonzero()[:1]:
+            row, name = which[wrong]
             raise FloatingPointError(
-                f"{title}, update {done - len(values) + 1 + row}: {self._names[column]} is not "
-                f"finite. Lower --lr or look at the data; {self.folder} keeps the last checkpoint "
-                "before it."
+                f"{title}, update {done - len(self._history) + 1 + row}: {name} is not finite. "
+                f"Lower --lr or look at the data; {self.folder} keeps the last checkpoint before "
+                "it."
             )
-        return dict(zip(self._names, values[-1].tolist(), strict=True))
+        latest, _ = self._history[-1]
+        return dict(zip(latest, values[-len(latest) :].tolist(), strict=True))
 
     def _open_logs(self) -> None:
         """metrics.csv without the rows that are newer than the checkpoint, and TensorBoard."""

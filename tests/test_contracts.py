@@ -30,7 +30,7 @@ class CloningLearner:
         assert isinstance(generator, torch.Generator)
         imagined = 0 if self.updates_on_real_rows > 0 else 8
         self.updates_on_real_rows -= 1
-        assert is_real.tolist() == [1.0] * (16 - imagined) + [0.0] * imagined
+        assert is_real.tolist() == [1.0] * 16 + [0.0] * imagined
         distance = (self.actor(batch.obs, batch.avail) - batch.actions).square().mean()
         self.optimizer.zero_grad()
         distance.backward()
@@ -117,7 +117,7 @@ def trained(
     torch.manual_seed(0)
     torch.compiler.reset()
     data, spec = make_data(discrete, device)
-    args = train.Args(hidden=8, updates=updates, wm_updates=updates)
+    args = train.Args(hidden=8, updates=updates, wm_updates=updates, critic_first=0.0)
     model, learner = (f(args, spec, data) for f in (train.make_world_model, train.make_learner))
     for part in (model, learner) if backend else ():
         for name in part.compilable:
