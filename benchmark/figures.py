@@ -4,6 +4,8 @@ Equal rows give equal bytes.
 """
 
 import io
+import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import get_args
 
@@ -23,7 +25,7 @@ from benchmark.rows import (
     read,
 )  # fmt: skip
 from benchmark.states import draw_points, draw_visits
-from benchmark.tables import NAMES, Groups, Runs, group
+from benchmark.tables import NAMES, Cell, Groups, Runs, group
 from datasets import write_atomic
 from experiment.report import mean_and_interval
 
@@ -133,36 +135,42 @@ def draw_panel(ax, runs: dict[tuple[str, str], Runs]) -> None:
 def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
     """A PNG with one column per cell: returns by what D_m holds, and values by depth below.
 
-    Of a cell's variants the plain one is drawn in colour, all others in grey.
+    Of a cell's variants that can still be run, the one in which D_m was filled in the most ways is
+    drawn in colour, all others in grey.
 
     Raises:
-        ValueError: no run has values by depth.
+        ValueError: no run had the true simulator in the world model's place.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    cells = list(dict.fromkeys(cell for cell, variant, _ in groups if variant == ""))
-    if not cells:
-        raise ValueError("there is nothing to draw: no run of `ceiling` has the usual flags.")
+    tried: dict[Cell, Counter] = {}
+    for cell, variant, method in groups:
+        if method in ORACLES and "removed since" not in variant:
+            tried.setdefault(cell, Counter())[variant] += 1
+    if not tried:
+        raise ValueError("there is nothing to draw: no run of `ceiling` can still be repeated.")
+    cells = {cell: variants.most_common(1)[0][0] for cell, variants in tried.items()}
     figure = Figure(figsize=(4.2 * len(cells), 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(cells), squeeze=False)
     methods = ["macql", *ORACLES]
-    for column, cell in enumerate(cells):
+    for column, (cell, coloured) in enumerate(cells.items()):
         ax = axes[0, column]
         for (other, variant, method), runs in groups.items():
             scores = [row.return_mean for row in runs.values()]
             if other == cell:
                 place = methods.index("model" if method == "logo" else method)
-                color = "lightgrey" if variant else "C0"
-                ax.plot(scores, [place] * len(scores), "o", color=color, zorder=1 + (not variant))
+                here = variant == coloured
+                color = "C0" if here else "lightgrey"
+                ax.plot(scores, [place] * len(scores), "o", color=color, zorder=1 + here)
         ax.set_yticks(range(len(methods)), [NAMES[m] for m in methods] if column == 0 else [])
         ax.invert_yaxis()
-        ax.set_title(f"{cell.env_id}, {cell.quality}")
+        ax.set_title("\n".join([f"{cell.env_id}, {cell.quality}", *textwrap.wrap(coloured, 40)]))
         ax.set_xlabel("return (grey: other flags)")
-        here = [d for d in depths if (d.env_id, d.quality, d.variant) == (*cell[::2], "")]
-        if here:
-            draw_depth(axes[1, column], here)
+        along = [d for d in depths if (d.env_id, d.quality, d.variant) == (*cell[::2], coloured)]
+        if along:
+            draw_depth(axes[1, column], along)
         else:
             axes[1, column].set_axis_off()
     entries = {}

@@ -38,7 +38,7 @@ from experiment.report import over_seeds
 TEXTS = tuple(ROOT / name for name in ("README.md", "results/README.md", "docs/speed.md"))
 BOOTSTRAP_DRAWS = 10_000
 # Tasks on which defaults were chosen
-TUNED_ON = ("3s_vs_5z", "2s3z", "HalfCheetah-6x1", "Hopper-3x1", "Ant-2x4")
+TUNED_ON = ("3s_vs_5z", "2s3z", "3s5z_vs_3s6z", "HalfCheetah-6x1", "Hopper-3x1", "Ant-2x4")
 NAMES = {  # a method that is not here: its key
     "logo": "LOGO",
     "macql": "MACQL",
