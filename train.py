@@ -120,12 +120,11 @@ class Args:
     """B, rows per step [Table 8]"""
     synthetic_fraction: float = 0.5
     """imagined rows per step, as a share of B; 0 leaves MACQL [Sec. 4.3: 0.5]"""
-    imagined_rows: Literal["added", "instead"] = "added"
-    """D27: they are added to the B real rows, or stand instead of some; paper: instead [ours]"""
+    imagined_rows: Literal["added", "instead", "printed"] = "added"
+    """D8, D27: they count in the Bellman error alone, added to the B real rows or instead of some,
+    or instead of some and where Eq. (10), (12) say; paper: printed [Algorithm 1]"""
     lr: float = 1e-3
     """Adam's step size for every network [Table 8]"""
-    lr_decay: bool = True
-    """D12: step sizes fall linearly to zero; paper: no [ours]"""
     hidden: int = 256
     """width of all layers [Table 8]"""
     shared_actor: bool = True
@@ -144,9 +143,6 @@ class Args:
     """D5: values pushed down: log-sum-exp of all actions; paper: expectation [CQL]"""
     backup: Literal["policy", "max"] = "policy"
     """D6: next action in the Bellman target; paper: max [Eq. 11]"""
-    imagined_in: Literal["bellman", "printed"] = "bellman"
-    """D8: where imagined rows count, in the Bellman error alone or as Eq. (10), (12) say; paper:
-    printed [Algorithm 1]"""
     warm_start: bool = True
     """D18: start the policy from the clone; paper: no [ours]"""
     critic_first: float = 0.25
@@ -175,10 +171,10 @@ CONTINUOUS = {"eval_episodes": 20, "updates": 5_000, "imagined_rows": "instead",
 # Defaults with --paper: the literal reading of the paper
 PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": False,
          "clamp": False, "zeros": False, "observe": "predicted", "imagine_after": 0.0,
-         "imagined_rows": "instead",
-         "epsilon": 0.0, "model_retain": 0, "u_scale": 1.0, "lr_decay": False,
+         "imagined_rows": "printed",
+         "epsilon": 0.0, "model_retain": 0, "u_scale": 1.0,
          "shared_actor": False, "critics": 1, "tau": 1.0, "conservative": "expectation",
-         "backup": "max", "imagined_in": "printed", "warm_start": False, "critic_first": 0.0,
+         "backup": "max", "warm_start": False, "critic_first": 0.0,
          "bc_lambda": 1.0}  # fmt: skip
 
 
@@ -203,6 +199,11 @@ def make_world_model(args: Args, spec: envs.Spec, data: OfflineDataset) -> LogoW
     ).to(data.obs.device)  # fmt: skip
 
 
+def decay_updates(args: Args, updates: int) -> int:
+    """Updates in which a step size falls to zero, as `linear_decay` takes them."""
+    return 0 if args.paper else updates  # Deviation D12
+
+
 def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
     """The policies pi_i and the critic Q, with their optimisers."""
     x, sizes = data.statistics(), (spec.action_dim, args.hidden, spec.discrete)
@@ -216,9 +217,10 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         returns = returns_to_go(data, gamma=1.0)
         bounds = (returns.min().item(), returns.max().item())
     return MACQL(
-        actor, critic, args.lr, args.updates if args.lr_decay else 0, args.tau,
+        actor, critic, args.lr, decay_updates(args, args.updates), args.tau,
         0.0 if args.paper else 0.995,  # Deviation D13
-        args.gamma, args.cql_alpha, args.conservative, args.backup, args.imagined_in, bounds,
+        args.gamma, args.cql_alpha, args.conservative, args.backup,
+        "printed" if args.imagined_rows == "printed" else "bellman", bounds,  # Deviation D8
         args.bc_lambda, normalise_q=not (spec.discrete or args.paper),  # Deviation D21
         critic_first=round(args.critic_first * args.updates),  # Deviation D26
     )  # fmt: skip
@@ -255,7 +257,7 @@ def main(
     setup.check_memory(args, spec, device)
     n_synthetic = round(args.synthetic_fraction * args.batch_size)  # 0: no world model
     n_real = args.batch_size  # beside imagined rows
-    if args.imagined_rows == "instead":  # Deviation D27
+    if args.imagined_rows != "added":  # Deviation D27
         n_real -= n_synthetic
 
     # Networks and optimisers
@@ -264,7 +266,7 @@ def main(
     learner = learner(args, spec, data)  # pi and Q
     bc_actor = copy.deepcopy(learner.actor)  # the cloned policy of the data
     bc_optimizer = torch.optim.Adam(bc_actor.parameters(), lr=args.lr, fused=True)
-    bc_schedule = linear_decay(bc_optimizer, args.updates if args.lr_decay else 0)
+    bc_schedule = linear_decay(bc_optimizer, decay_updates(args, args.updates))
     state = {"rng": rng, "learner": learner, "bc_actor": bc_actor}  # what a checkpoint holds
     state |= {"bc_optimizer": bc_optimizer, "bc_schedule": bc_schedule}
     if n_synthetic:
@@ -272,7 +274,7 @@ def main(
         wm_optimizer = torch.optim.AdamW(
             world_model.parameters(), args.wm_lr, weight_decay=args.wm_weight_decay, fused=True
         )  # Deviation D15
-        wm_schedule = linear_decay(wm_optimizer, args.wm_updates if args.lr_decay else 0)
+        wm_schedule = linear_decay(wm_optimizer, decay_updates(args, args.wm_updates))
         model_data = SyntheticBuffer(  # D_m
             setup.kept_collections(args), args.horizon, args.rollout_batch_size, *spec[2:6],
             device, spec.discrete, args.cap, args.u_scale,

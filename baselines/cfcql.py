@@ -42,7 +42,7 @@ from macql import MACQL, Actor, Critic, descend, linear_decay, real_weights
 class Args(train.Args):
     """CFCQL: a conservative critic that changes one agent's action at a time."""
 
-    NO_EFFECT: ClassVar = ("critic", "imagined_in")
+    NO_EFFECT: ClassVar = ("critic", "imagined_rows")
 
     synthetic_fraction: float = 0.0
     """share of imagined rows; more than 0 puts CFCQL on LOGO's world model [ours]"""
@@ -193,8 +193,9 @@ class CFCQL:
 def make_learner(args: Args, spec, data) -> CFCQL:
     """CFCQL on this task's data, on the data's device."""
     learner = train.make_learner(args, spec, data)
-    decay = args.updates if args.lr_decay else 0
-    return CFCQL(learner, args.cql_alpha, args.temperature, args.conservative, args.lr, decay)
+    return CFCQL(
+        learner, args.cql_alpha, args.temperature, args.conservative, args.lr, args.updates
+    )
 
 
 def _self_check():

@@ -52,7 +52,7 @@ ROUNDS, CANDIDATES, ELITES, SIGMA = 2, 20, 5, 2.0
 class Args(train.Args):
     """OMAR: every agent searches for the best action under its own conservative critic."""
 
-    NO_EFFECT: ClassVar = ("critic", "conservative", "backup", "imagined_in", "critic_first",
+    NO_EFFECT: ClassVar = ("critic", "conservative", "backup", "imagined_rows", "critic_first",
                            "bc_lambda")  # fmt: skip
 
     synthetic_fraction: float = 0.0
@@ -223,7 +223,7 @@ def make_learner(args: Args, spec, data) -> OMAR:
         returns = returns_to_go(data, gamma=1.0)
         bounds = (returns.min().item(), returns.max().item())
     return OMAR(
-        MACQL(actor, critic, args.lr, args.updates if args.lr_decay else 0, args.tau),
+        MACQL(actor, critic, args.lr, args.updates, args.tau),
         partial(critic_loss, gamma=args.gamma, alpha=args.cql_alpha, bounds=bounds),
         partial(actor_loss, rectification=args.rectification),
         args.cql_samples,

@@ -18,7 +18,7 @@ are standardised with the data's statistics; log pi_i is over the available acti
 over all. Continuous actions: pi_i is a Gaussian of fixed variance around the actor's tanh action,
 so policy_loss is the squared distance weighted by exp(z_i); the code's Gaussian is before the tanh
 and learns its variance. Both act by the mean. As with all methods here, the policy starts from the
-clone (--warm-start), step sizes fall (--lr-decay), a moving average of the actor is evaluated, a
+clone (--warm-start), step sizes fall, a moving average of the actor is evaluated, a
 time limit ends no value, the code's 10^6 updates are --updates, so that its targets have to follow
 faster, and gamma is 0.95 on robots. Imagined rows, if there are any, are used like recorded ones.
 
@@ -49,7 +49,7 @@ class Args(train.Args):
     """OMIGA: every agent clones its good actions more than its bad ones."""
 
     NO_EFFECT: ClassVar = ("critic", "critics", "cql_alpha", "conservative", "backup",
-                           "imagined_in", "critic_first", "bc_lambda")  # fmt: skip
+                           "imagined_rows", "critic_first", "bc_lambda")  # fmt: skip
 
     synthetic_fraction: float = 0.0
     """share of imagined rows; more than 0 puts OMIGA on LOGO's world model [ours]"""
@@ -229,7 +229,7 @@ def make_learner(args: Args, spec, data) -> OMIGA:
     actor = Actor(*obs, *sizes, args.shared_actor).to(data.obs.device)
     values = Values(*obs, *state, *sizes).to(data.obs.device)
     return OMIGA(
-        actor, values, args.lr, args.updates if args.lr_decay else 0, args.tau, gamma=args.gamma,
+        actor, values, args.lr, args.updates, args.tau, gamma=args.gamma,
         alpha=args.alpha, z_clip=args.z_clip, grad_clip=args.grad_clip,
     )  # fmt: skip
 

@@ -39,7 +39,7 @@ from macql import MACQL, Actor, Critic
 class Args(train.Args):
     """MACQL, with policies drawn towards the best of several actions by LOGO's model."""
 
-    NO_EFFECT: ClassVar = ("critic", "imagined_in", "uncertainty", "cap", "u_scale")
+    NO_EFFECT: ClassVar = ("critic", "imagined_rows", "uncertainty", "cap", "u_scale")
 
     imagine_after: float = 0.0
     """share of the updates before the first planning [ours]"""

@@ -109,7 +109,7 @@ def trained(model: str, args: train.Args, data: OfflineDataset) -> torch.nn.Modu
     optimizer = torch.optim.AdamW(
         world_model.parameters(), args.wm_lr, weight_decay=args.wm_weight_decay, fused=True
     )
-    schedule = linear_decay(optimizer, args.wm_updates if args.lr_decay else 0)
+    schedule = linear_decay(optimizer, args.wm_updates)
     for _ in tqdm(range(args.wm_updates), desc=f"{model} on {args.env_id}, seed {args.seed}"):
         descend(optimizer, world_model.loss(data.sample(args.wm_batch_size, rng))[0])
         schedule.step()

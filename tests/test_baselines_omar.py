@@ -299,7 +299,7 @@ def test_a_run_ends_with_finite_metrics(dataset, tmp_path):
 @pytest.mark.parametrize("flag", omar.Args.NO_EFFECT)
 def test_a_flag_without_effect_is_refused(flag):
     other = {"critic": "none", "conservative": "expectation", "backup": "max",
-             "imagined_in": "printed", "bc_lambda": "0.5"}  # fmt: skip
+             "imagined_rows": "printed", "critic_first": "0", "bc_lambda": "0.5"}  # fmt: skip
     with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} has no effect on omar"):
         go(f"--{flag.replace('_', '-')}", other[flag])
 

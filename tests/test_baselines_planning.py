@@ -21,7 +21,8 @@ def made(request):
     """(args, learner, batch): `planning.Planning` with its world model, six recorded rows."""
     torch.manual_seed(0)
     data, spec = make_data(request.param)
-    args = planning.Args(hidden=8, conservative="expectation", planning_horizon=3, candidates=3,
+    args = planning.Args(hidden=8, conservative="expectation", critic_first=0.0,
+                         planning_horizon=3, candidates=3,
                          rollout_batch_size=5)  # fmt: skip
     build = planning.builders()
     learner = build["learner"](args, spec, data)
@@ -141,8 +142,8 @@ def test_a_learner_goes_on_where_its_state_was_saved(made):
 
 
 def test_flags_without_effect_are_refused():
-    with pytest.raises(SystemExit, match="--imagined-in has no effect on planning"):
-        baselines.run("planning", planning.Args, None, ["--imagined-in", "printed"])
+    with pytest.raises(SystemExit, match="--imagined-rows has no effect on planning"):
+        baselines.run("planning", planning.Args, None, ["--imagined-rows", "printed"])
 
 
 def test_a_run_ends_and_goes_on(dataset, tmp_path):

@@ -84,12 +84,13 @@ def test_stand_ins_train_end_to_end(parts, dataset, tmp_path, undrawn):
     assert ("wm,4,error" in metrics) == ("world_model" in given)
 
 
-@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
-def test_a_flag_says_where_imagined_rows_count(imagined_in):
+@pytest.mark.parametrize("imagined_rows", ["added", "instead", "printed"])
+def test_a_flag_says_where_imagined_rows_count(imagined_rows):
     data, spec = make_data(True)
-    learner = train.make_learner(train.Args(hidden=8, imagined_in=imagined_in), spec, data)
+    learner = train.make_learner(train.Args(hidden=8, imagined_rows=imagined_rows), spec, data)
+    expected = "printed" if imagined_rows == "printed" else "bellman"
     for loss in (learner.critic_loss, learner.policy_loss):
-        assert loss.keywords["imagined_in"] == imagined_in
+        assert loss.keywords["imagined_in"] == expected
 
 
 def test_targets_lie_within_the_returns_of_the_data():
