@@ -96,8 +96,9 @@ class Args:
     imagine_after: float = 0.25
     """D25: share of the updates that are on real rows alone before the first rollout; paper: 0
     [ours]"""
-    epsilon: float = 0.2
-    """D16: share of random actions in a rollout (or noise); paper: 0 [ours]"""
+    epsilon: float = 0.6
+    """D16: agents that act at random in a step of a rollout, on average (robots: noise on every
+    action); paper: 0 [ours]"""
     rollout_batch_size: int = 1_000
     """M, rollouts per collection, from real states drawn uniformly [ours]"""
     rollout_interval: int = 500
@@ -165,7 +166,7 @@ class Args:
 
 
 # Defaults where actions are continuous; chosen on other seeds than those reported
-CONTINUOUS = {"eval_episodes": 20, "updates": 5_000, "imagined_rows": "instead",
+CONTINUOUS = {"eval_episodes": 20, "updates": 5_000, "epsilon": 0.2, "imagined_rows": "instead",
               "conservative": "expectation", "gamma": 0.95, "critic_first": 0.0,
               "bc_lambda": 0.6}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
@@ -202,6 +203,11 @@ def make_world_model(args: Args, spec: envs.Spec, data: OfflineDataset) -> LogoW
 def decay_updates(args: Args, updates: int) -> int:
     """Updates in which a step size falls to zero, as `linear_decay` takes them."""
     return 0 if args.paper else updates  # Deviation D12
+
+
+def exploration(args: Args, spec: envs.Spec) -> float:
+    """Each agent's chance of a random action, or the noise's standard deviation."""
+    return min(1.0, args.epsilon / spec.num_agents) if spec.discrete else args.epsilon
 
 
 def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
@@ -312,7 +318,7 @@ def main(
     if args.warm_start and run.progress["policy"] == 0:  # Deviation D18
         for actor in (learner.actor, learner.ema_actor):
             actor.load_state_dict(bc_actor.state_dict())
-    explore = partial(learner.actor.sample, epsilon=args.epsilon)  # Deviation D16
+    explore = partial(learner.actor.sample, epsilon=exploration(args, spec))  # Deviation D16
     first = round(args.imagine_after * args.updates)  # Deviation D25
     for k in run.phase("policy", "Phases 2, 3: imagine, improve", args.updates):
         imagining = n_synthetic > 0 and k >= first

@@ -188,7 +188,7 @@ def builders() -> dict:
     def learner(args: Args, spec, data) -> Planning:
         plan = partial(
             best_action, candidates=args.candidates, horizon=args.planning_horizon,
-            gamma=args.gamma, epsilon=args.epsilon,
+            gamma=args.gamma, epsilon=train.exploration(args, spec),
         )  # fmt: skip
         macql, draw = (
             train.make_learner(args, spec, data),

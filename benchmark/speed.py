@@ -190,7 +190,8 @@ def training(clock: Clock, mode: str, quick: bool) -> list[Row]:
             for name in part.compilable:
                 how = "reduce-overhead" if device.type == "cuda" and name != "step" else "default"
                 setattr(part, name, torch.compile(getattr(part, name), mode=how))
-    explore, half = partial(learner.actor.sample, epsilon=args.epsilon), args.batch_size // 2
+    epsilon, half = train.exploration(args, spec), args.batch_size // 2
+    explore = partial(learner.actor.sample, epsilon=epsilon)
 
     def update_world_model():
         torch.compiler.cudagraph_mark_step_begin()

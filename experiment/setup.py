@@ -26,7 +26,7 @@ from macql import Actor, Critic
 from simulators import starcraft
 
 STARCRAFT_GAMES = 4  # processes of StarCraft II side by side, each with a gigabyte of memory
-SHARES = ("synthetic_fraction", "gamma", "tau", "epsilon", "imagine_after", "critic_first")
+SHARES = ("synthetic_fraction", "gamma", "tau", "imagine_after", "critic_first")
 MAY_BE_ZERO = ("seed", "threads", "model_retain")
 SIZES = ("hidden", "critics", "batch_size", "wm_batch_size", "rollout_batch_size", "horizon",
          "model_retain", "eval_episodes")  # fmt: skip
