@@ -103,7 +103,8 @@ def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
         numbers = 4 * sum(p.numel() for net in nets for p in net.parameters())
     except RuntimeError:  # torch cannot even count them
         numbers = math.inf
-    numbers += args.batch_size * (n * o + s + 2 * h * args.critics)
+    added = args.synthetic_fraction if args.imagined_rows == "added" else 0.0
+    numbers += args.batch_size * (1 + added) * (n * o + s + 2 * h * args.critics)
     numbers += args.eval_episodes * (n * (o + a) + s + SIMULATED)
     if imagines:
         rows = kept_collections(args) * (args.horizon + 1) * args.rollout_batch_size
