@@ -14,7 +14,7 @@ READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.def
 SETTINGS = {
     "default": {},
     "expectation": {"conservative": "expectation", "backup": "max"},
-    "printed": {"imagined_in": "printed", "clamp": False},
+    "printed": {"imagined_rows": "printed", "clamp": False},
     "predicted": {"observe": "predicted", "u_scale": 0.2},
     "paper": train.PAPER,
 }
