@@ -12,7 +12,7 @@
 
 Both store every observation once: the successor of a transition is another row of the same table.
 
-Departures from the paper, each with a flag of train.py (docs/deviations.md):
+Departures from the paper; docs/deviations.md has the flags that take them back:
   D10  D_m keeps the latest rollouts only.
   D20  u is measured in quarters of its median over recorded states.
 
@@ -114,16 +114,21 @@ class OfflineDataset:
         """Of o (N,O), s (S,), r () and terminated () in D: mean, std, min, max and zero, as
         obs_mean, ...; zero is the share of rows in which an entry is exactly 0.
 
+        Min and max of o and s are over o' and s', too: episodes end where no transition starts.
         The standard deviation is exactly 0 where a column is constant, and elsewhere at least a
         thousandth of its range, so that a rare value is no more than a thousand of them away.
         """
         result = {}
         for name in ("obs", "state", "reward", "terminated"):
-            x = getattr(self, name)[self.train].double()
+            column = getattr(self, name)
+            x = column[self.train].double()
             low, high = x.amin(0), x.amax(0)
             std = torch.maximum(x.std(0, correction=0), 1e-3 * (high - low))
             std = torch.where(high == low, 0.0, std)
             zero = (x == 0).double().mean(0)
+            if name in ("obs", "state"):
+                after = column[self.train + 1].double()
+                low, high = torch.minimum(low, after.amin(0)), torch.maximum(high, after.amax(0))
             moments = {"mean": x.mean(0), "std": std, "min": low, "max": high, "zero": zero}
             result |= {f"{name}_{moment}": value.float() for moment, value in moments.items()}
         return result

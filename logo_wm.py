@@ -21,7 +21,7 @@ to invert it.
 Tensors outside are in raw units; inside they are standardised with the data's statistics, which are
 buffers of the module and so part of its state_dict.
 
-Departures from the paper, each with a flag of train.py (docs/deviations.md):
+Departures from the paper; docs/deviations.md has the flags that take them back:
   D1  R_d also sees s (and a) and predicts the change of s: what no agent observes cannot be
       deduced from o_hat.
   D3  Two heads beyond the paper predict available actions and the end of the episode.
@@ -81,7 +81,7 @@ class Prediction(NamedTuple):
     """Of observations or states, in standardised units: means, and which entries are 0."""
 
     value: torch.Tensor  # the mean of an entry, given that it is not 0 in raw units
-    logit: torch.Tensor | None  # of the probability that it is not; None: it never is (paper)
+    logit: torch.Tensor | None  # of the probability that it is not; None: Gaussian alone (paper)
 
 
 class LogoWM(nn.Module):
@@ -96,7 +96,7 @@ class LogoWM(nn.Module):
         deduce_from: what R_d sees: "obs" (the paper), "obs+state" or "obs+state+actions".
         heads: False = the paper: rollouts never end, every action is available.
         clamp: False = the paper: imagined values may leave the range of the data.
-        zeros: False = the paper: Gaussians alone, also for entries that are often exactly 0.
+        zeros: False = the paper: Gaussians alone, also for entries that are exactly 0 at times.
         observe: what the policy sees in a rollout: "deduced" or, as in the paper, "predicted".
     """
 
@@ -165,7 +165,7 @@ class LogoWM(nn.Module):
     def prediction(self, name: str, out: torch.Tensor, now: torch.Tensor | float) -> Prediction:
         """A network's output (...,D) or (...,2D) as changes from `now`, and logits."""
         value, logit = out.chunk(2, -1) if self.zeros else (out, None)
-        if logit is not None:  # other entries are surely not 0
+        if logit is not None:  # entries that are always or never 0 are left to the Gaussian
             logit = torch.where(getattr(self, f"{name}_sometimes_zero"), logit, torch.inf)
         return Prediction(now + value, logit)
 

@@ -22,7 +22,7 @@ actions. Unavailable actions are left out of all three. For continuous actions Q
 `actions` is (B,N,A) everywhere: one-hot, continuous in [-1,1], or probabilities, of which the
 additive critic returns the expected value.
 
-Departures from the paper, each with a flag of train.py (docs/deviations.md):
+Departures from the paper; docs/deviations.md has the flags that take them back:
   D5  log-sum-exp over all actions, where Eq. (10) has the policy's expected value.
   D6  the Bellman target follows the policy, where Eq. (11) has the maximum.
   D7  the minimum of two critics in the Bellman target.  D19 a slowly following target critic.
@@ -420,7 +420,8 @@ class MACQL:
             self.schedules["critic"].step()
             soft_update(self.critic_target, critic, self.tau)  # Deviation D19
             metrics |= {f"q_{name}": value for name, value in parts.items()}
-            if self.schedules["critic"].last_epoch <= self.critic_first:  # Deviation D26
+            updates = self.schedules["critic"].last_epoch  # counted there, so checkpoints have it
+            if updates <= self.critic_first:  # Deviation D26
                 return metrics
         loss, parts = self.policy_loss(actor, critic, batch, is_real)
         descend(self.optimizers["actor"], loss)

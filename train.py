@@ -66,7 +66,8 @@ class Args:
     compile: bool = False
     """compile losses and model steps with torch.compile; does not pay on a CPU [LeanRL]"""
     paper: bool = False
-    """start from the paper's literal reading: sets the flags marked "paper:" below [Sec. 4]"""
+    """start from the paper's literal reading: sets the flags marked "paper:" below, and takes D12,
+    D13 and D21 back, which have no flag of their own [Sec. 4]"""
 
     # World model, Phase 1
     wm_updates: int = 2_000
@@ -74,7 +75,7 @@ class Args:
     wm_batch_size: int = 256
     """B, rows per step [ours]"""
     wm_lr: float = 3e-3
-    """D15: step size of the world model's Adam; paper: 1e-3 [Table 8]"""
+    """D15: step size of the world model's Adam; paper: 1e-3 [ours; Table 8 is of the policies]"""
     wm_weight_decay: float = 0.1
     """D15: decoupled weight decay of the world model; paper: 0 [ours]"""
     deduce_from: Literal["obs", "obs+state", "obs+state+actions"] = "obs+state+actions"
@@ -85,7 +86,7 @@ class Args:
     """D4: keep imagined o, s, r inside the range of the data, and the values in Bellman targets
     inside that of its returns; paper: no [ours]"""
     zeros: bool = True
-    """D11: entries that are often exactly 0 have a probability of it; paper: no [ours]"""
+    """D11: entries that are exactly 0 at times have a probability of it; paper: no [ours]"""
     observe: Literal["deduced", "predicted"] = "deduced"
     """D22: what agents see in a rollout: E_d's o' of the deduced state, or o_hat; paper: predicted
     [ours]"""
@@ -116,18 +117,21 @@ class Args:
 
     # Policy, Phase 3
     updates: int = 8_000
-    """gradient steps on policy and critic, and on the clone [ours; Table 8 says 10^7 rows]"""
+    """gradient steps on the critic, and on the clone; the policy waits at first (D26) [ours; Table
+    8: 10^7 steps, read as rows]"""
     batch_size: int = 128
     """B, rows per step [Table 8]"""
     synthetic_fraction: float = 0.5
-    """imagined rows per step, as a share of B; 0 leaves MACQL [Sec. 4.3: 0.5]"""
+    """imagined rows per step, as a share of B; 0 leaves MACQL [Sec. 4.3: half of the rows, which is
+    0.5 with "instead" and 1 with "added"]"""
     imagined_rows: Literal["added", "instead", "printed"] = "added"
-    """D8, D27: they count in the Bellman error alone, added to the B real rows or instead of some,
-    or instead of some and where Eq. (10), (12) say; paper: printed [Algorithm 1]"""
+    """D8, D27. added: beside B real rows, in the Bellman error alone; instead: in place of real
+    rows, the same; printed: in place of real rows, where Eq. (10) and (12) print them; paper:
+    printed [Algorithm 1]"""
     lr: float = 1e-3
-    """Adam's step size for every network [Table 8]"""
+    """Adam's step size of policies, critic and clone [Table 8]"""
     hidden: int = 256
-    """width of all layers [Table 8]"""
+    """width of the hidden layers; half of it in the world model's heads [Table 8]"""
     shared_actor: bool = True
     """D14: one policy network for all agents; paper: no, one each [pymarl]"""
     critic: Literal["cql", "none"] = "cql"
@@ -232,6 +236,18 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
     )  # fmt: skip
 
 
+def shuffled(rollout: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+    """u (H,M) in which each step of a rollout has the u of another one's same step (a placebo).
+
+    It is permuted among the steps that count, because the others' are of no state that occurs.
+    """
+    u, valid = rollout["uncertainty"], rollout["valid"]
+    noise = torch.rand(u.shape, generator=generator, device=u.device)
+    places = (noise - valid).argsort(dim=1)  # in random order, steps that count first
+    others = (1 - valid).argsort(dim=1, stable=True)  # in their order, steps that count first
+    return torch.empty_like(u).scatter(1, others, u.gather(1, places))
+
+
 def main(
     args: Args,
     learner: Callable = make_learner,
@@ -242,12 +258,12 @@ def main(
 
     Args:
         args: the flags; `defaults` gives those of a task.
-        learner: builds the learner from (args, spec, data): any object with .actor, .ema_actor,
-            .update(batch, is_real, generator) -> metrics, .state_dict() and .load_state_dict(), as
-            `MACQL` has them.
+        learner: builds the learner from (args, spec, data): any object with .actor and .ema_actor,
+            both a `macql.Actor`, .update(batch, is_real, generator) -> metrics, .state_dict() and
+            .load_state_dict(), as `MACQL` has them.
         world_model: builds the world model from (args, spec, data): an nn.Module with
             .loss(batch) -> (scalar, metrics) and .imagine(policy, starts, horizon, generator) ->
-            rollout, as `LogoWM` has them.
+            rollout, as `LogoWM` has them. For --compile both name in .compilable what to compile.
         method: name of the method in the run's folder and report; None: logo, macql or bc.
     Raises:
         ValueError, OSError, ImportError: one sentence about a flag, a file or a missing package.
@@ -298,7 +314,7 @@ def main(
     run = Run(args, spec, metadata, device, method, started)
     run.start(**state)  # afresh, or with --resume from the checkpoint
 
-    # Phase 0, ours: behaviour cloning with as many updates as the policy gets
+    # Phase 0, ours: behaviour cloning, with as many updates as the critic gets
     for _ in run.phase("clone", "Phase 0: clone the data", args.updates):
         batch = data.sample(args.batch_size, rng)
         is_real = torch.ones_like(batch.reward)
@@ -328,8 +344,7 @@ def main(
                 rollout = world_model.imagine(explore, starts, args.horizon, rng)
                 run.check_rollout(rollout, k + 1)  # stops where rollouts diverge
                 if args.uncertainty == "shuffled":
-                    others = torch.randperm(len(starts.reward), generator=rng, device=device)
-                    rollout["uncertainty"] = rollout["uncertainty"][:, others]
+                    rollout["uncertainty"] = shuffled(rollout, rng)
                 if args.uncertainty == "penalty":
                     rollout["reward"] -= rollout["uncertainty"] / args.u_scale  # Eq. (1)
                 model_data.add(rollout)  # with P_u, for the weights of Eq. (7) when sampling

@@ -9,9 +9,7 @@
     python -m baselines.omiga --env-id 3s_vs_5z        train, with train.py's flags and its own
     python -m baselines.omiga --self-check             a small problem that it must solve
 
-A learner has .actor, .ema_actor, .update(batch, is_real, generator) -> metrics, .state_dict() and
-.load_state_dict(); a world model is an nn.Module with .loss(batch) -> (scalar, metrics) and
-.imagine(policy, starts, horizon, generator) -> rollout. `train.main` takes either.
+`train.main` takes a learner or a world model for its own one; its docstring says what they have.
 """
 
 import sys

@@ -110,7 +110,8 @@ def mpc_loss(
     """
     loss, parts = policy_loss(actor, critic, batch, is_real)
     pi = actor(obs, avail)  # (B,N,A)
-    distance = (pi - best).square().sum(-1).mean(-1)
+    distance = (pi - best).square().sum(-1)  # (B,N)
+    distance = distance.sum(-1) if actor.discrete else distance.mean(-1)  # as Eq. (12) clones
     assert distance.shape == best.shape[:1]
     return loss + weight * distance.mean(), parts | {"mpc": distance.mean().detach()}
 

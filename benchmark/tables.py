@@ -130,11 +130,12 @@ def comparison(groups: Groups) -> str:
     methods = [m for m in METHODS if any(m in by_method for by_method in cells.values())]
     lines = []
     for cell, by_method in cells.items():
-        first = next(iter(by_method.values()))
+        most = max(by_method.values(), key=len)
         scores = [over(by_method[m], "return_mean") if m in by_method else "" for m in methods]
         wins = [win_rate(by_method[m]) if m in by_method else "" for m in methods]
         both = [f"{s} ({w})" if w else s for s, w in zip(scores, wins, strict=True)]
-        lines.append([*cell, len(first), *both, over(first, "clone_return"), data_return(first)])
+        counts = "-".join(map(str, sorted({len(runs) for runs in by_method.values()})))
+        lines.append([*cell, counts, *both, over(most, "clone_return"), data_return(most)])
     header = ["task", "simulator", "data", "seeds", *(NAMES.get(m, m) for m in methods)]
     return table([*header, "behaviour cloning", "data's return"], lines)
 
@@ -164,10 +165,10 @@ def field(groups: Groups) -> str:
             bounds = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if compared and interval else ""
             returns = over(one, "return_mean"), win_rate(one)
             lines.append([*line, len(one), *returns, gain, bounds])
-        first = next(iter(runs.values()))
-        clone = over(first, "clone_return")
-        lines.append([*line[:4], "behaviour cloning", len(first), clone, "", "", ""])
-        lines.append([*line[:4], "the data", "", data_return(first), "", "", ""])
+        most = max(runs.values(), key=len)
+        clone = over(most, "clone_return")
+        lines.append([*line[:4], "behaviour cloning", len(most), clone, "", "", ""])
+        lines.append([*line[:4], "the data", "", data_return(most), "", "", ""])
     return table(
         ["task", "simulator", "data", "flags", "method", "seeds", "return", "win rate",
          "LOGO minus it (seeds)", "95 % interval"],
@@ -225,6 +226,8 @@ def aggregate(groups: Groups) -> str:
         other = groups.get((cell, variant, "macql"))
         if variant == "" and method == "logo" and other:
             by_seed, _ = paired_difference(runs, other)
+            if not by_seed:  # no seed in common
+                continue
             scale = abs(np.mean([row.return_mean for row in other.values()]))
             gains[cell] = 100 * np.array(by_seed) / scale
     lines = []

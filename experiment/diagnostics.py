@@ -252,7 +252,7 @@ def offline_measures(
 
     Args:
         learner: with `ema_actor`. If it has a `critic` that is not None, called as critic(obs,
-            state, actions), its values are reported.
+            state, actions), its values are reported; with a `critic_target`, its Bellman errors.
         gamma: discount per step.
     Returns:
         action_agreement, clone_agreement: share of the agents' greedy actions that equal the
@@ -260,6 +260,9 @@ def offline_measures(
             action_mse, clone_mse: squared distance to the recorded ones, per agent.
         value_policy, value_data: the critic's mean value of the policy's and of the recorded
             actions.
+        td_held_out, td_train: mean squared Bellman error of the critics, on held-out rows and on
+            as many that they were trained on. The first far above the second: they have learned
+            their rows by heart.
         return_to_go: discounted reward that the recording received from the same rows on.
     """
     batch, measures = data.gather(data.held_out), {}
@@ -277,7 +280,24 @@ def offline_measures(
         for name, actions in (("policy", pi), ("data", batch.actions)):
             value = critic(batch.obs, batch.state, actions)
             measures[f"value_{name}"] = value.mean().item()
+        if getattr(learner, "critic_target", None) is not None:
+            known = data.sample(len(data.held_out), generator_for(data))
+            for name, rows in (("held_out", batch), ("train", known)):
+                measures[f"td_{name}"] = bellman_error(learner, rows, gamma)
     return measures | {"return_to_go": returns_to_go(data, gamma)[data.held_out].mean().item()}
+
+
+def bellman_error(learner, batch, gamma: float) -> float:
+    """Mean squared error of Q_k(s, a) against r + gamma * min_k Q_k(s', pi), over rows and critics.
+
+    As in training, the next state's value is `critic_target`'s, and the next actions are those of
+    the policy itself, not of its moving average; the value is not clamped here.
+    """
+    pi = learner.actor(batch.next_obs, batch.next_avail)
+    v_next = learner.critic_target(batch.next_obs, batch.next_state, pi).amin(0)  # (B,)
+    y = batch.reward + gamma * (1 - batch.terminated) * v_next
+    q = learner.critic(batch.obs, batch.state, batch.actions)  # (K,B)
+    return (q - y).square().mean().item()
 
 
 def returns_to_go(data: OfflineDataset, gamma: float) -> torch.Tensor:

@@ -64,6 +64,11 @@ def check_args(args) -> None:
             f"--synthetic-fraction {args.synthetic_fraction} of --batch-size {args.batch_size} is "
             "less than a row: give 0 for MACQL, or more."
         )
+    if args.imagined_rows == "instead" and args.synthetic_fraction == 1:
+        raise ValueError(
+            "--imagined-rows instead with --synthetic-fraction 1 leaves no real row, and cloning "
+            "and conservatism are on these alone: give a smaller share, or --imagined-rows added."
+        )
     if args.uncertainty == "penalty" and args.u_scale == 0:
         raise ValueError("--uncertainty penalty: give --u-scale, 1 / lambda of Eq. (1), e.g. 0.2.")
     if args.critic == "none" and args.synthetic_fraction > 0:

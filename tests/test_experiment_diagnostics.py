@@ -330,6 +330,33 @@ def test_continuous_policies_have_a_squared_distance():
     assert set(found) == {"action_mse", "clone_mse", "value_policy", "value_data", "return_to_go"}
 
 
+@pytest.mark.parametrize("discrete", [True, False])
+def test_bellman_errors_of_known_and_of_held_out_rows(discrete):
+    data = make_data(discrete=discrete)
+    actor, bc_actor, critic = actors_and_critic(discrete=discrete)
+    _, _, target = actors_and_critic(discrete=discrete)
+    torch.nn.init.normal_(next(target.parameters()))
+    learner = SimpleNamespace(
+        ema_actor=bc_actor, actor=actor, critic=critic, critic_target=target
+    )  # fmt: skip
+    found = diagnostics.offline_measures(learner, bc_actor, data, GAMMA)
+
+    def errors(rows):
+        for r in rows:
+            b, squares = data.gather(torch.tensor([r])), []
+            with torch.no_grad():
+                pi = actor(b.next_obs, b.next_avail)
+                v = min(x.item() for x in target(b.next_obs, b.next_state, pi))
+                y = b.reward.item() + GAMMA * (1 - b.terminated.item()) * v
+                for q in critic(b.obs, b.state, b.actions):
+                    squares.append((q.item() - y) ** 2)
+            yield np.mean(squares)
+
+    assert found["td_held_out"] == close(np.mean(list(errors(data.held_out.tolist()))))
+    of_training = list(errors(data.train.tolist()))
+    assert min(of_training) < found["td_train"] < max(of_training)
+
+
 @pytest.mark.parametrize("critic", [{"critic": None}, {}])
 def test_a_learner_without_critic_has_no_values(data, critic):
     ema_actor, bc_actor, _ = actors_and_critic(discrete=True)

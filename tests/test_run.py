@@ -102,6 +102,7 @@ def test_a_run_leaves_complete_results(finished):
             "persistence_state_mse", "deducibility_r2", "u_error_spearman",
         },
         "eval": {"return_mean", "return_ci95", "win_rate", "episodes"},
+        "offline": {"td_held_out", "td_train"},
         "time": {"total_s", "wm_updates_per_s", "updates_per_s", "imagined_rows_per_s"},
     }  # fmt: skip
     for part, keys in expected.items():
@@ -202,6 +203,16 @@ def test_every_flag_that_branches_runs_and_has_an_effect(go, toy, tmp_path, monk
     assert all(results.values()), f"without effect: {[k for k, v in results.items() if not v]}"
 
 
+def test_a_placebo_permutes_u_among_the_steps_that_count():
+    g = torch.Generator().manual_seed(0)
+    u = torch.arange(60.0).view(3, 20)
+    valid = (torch.rand(3, 20, generator=g) > 0.3).float()
+    new = train.shuffled({"uncertainty": u, "valid": valid}, g)
+    assert not torch.equal(new, u)
+    for before, after, counts in zip(u, new, valid > 0, strict=True):
+        assert sorted(before[counts].tolist()) == sorted(after[counts].tolist())
+
+
 def test_without_model_it_is_macql_without_critic_cloning(go, toy, tmp_path):
     macql = go(*toy, "--synthetic-fraction", "0", out="macql")
     assert macql["world_model"] is None and macql["time"]["wm_updates_per_s"] == 0
@@ -259,6 +270,7 @@ BAD = {
     "--synthetic-fraction 1.5": "--synthetic-fraction is 1.5",
     "--synthetic-fraction nan": "--synthetic-fraction is nan",
     "--synthetic-fraction 0.01": "less than a row",
+    "--synthetic-fraction 1 --imagined-rows instead": "leaves no real row",
     "--lr -0.1": "--lr is -0.1",
     "--gamma inf": "--gamma is inf",
     "--uncertainty penalty --u-scale 0": "give --u-scale",
