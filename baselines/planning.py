@@ -15,8 +15,9 @@ sought for --rollout-batch-size recorded states every --rollout-interval updates
 at every update took most of a run's time; discrete actions are imitated as Eq. (12) clones them;
 planning serves training, and nobody plans in play.
 
-`train.main` makes and trains LOGO only where batches have imagined rows. They are left out here, so
-that --batch-size is twice MACQL's, and planning begins with the first of them.
+`train.main` makes and trains LOGO only where batches have imagined rows. They are left out here,
+which leaves B real rows, as in MACQL (robots: half of B, as long as imagined rows take the place of
+real ones there), and planning begins with the first of them.
 
 Sizes: B batch, M planned states, C candidates, N agents, A action, H horizon.
 """
