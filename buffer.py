@@ -242,6 +242,20 @@ class SyntheticBuffer:
             self.weigh()
 
 
+def shuffle_uncertainty(
+    rollout: dict[str, torch.Tensor], generator: torch.Generator
+) -> torch.Tensor:  # fmt: skip
+    """u (H,M) in which each step of a rollout has the u of another one's same step (a placebo).
+
+    It is permuted among the steps that count, because the others' are of no state that occurs.
+    """
+    u, valid = rollout["uncertainty"], rollout["valid"]
+    noise = torch.rand(u.shape, generator=generator, device=u.device)
+    places = (noise - valid).argsort(dim=1)  # in random order, steps that count first
+    others = (1 - valid).argsort(dim=1, stable=True)  # in their order, steps that count first
+    return torch.empty_like(u).scatter(1, others, u.gather(1, places))
+
+
 def mix(real: Batch, synthetic: Batch) -> tuple[Batch, torch.Tensor]:
     """One batch of both, the real rows first; and is_real (B,): 1 where a row is of D."""
     both = [None if a is None else torch.cat([a, b]) for a, b in zip(real, synthetic, strict=True)]

@@ -291,6 +291,16 @@ def critic_loss(
     return loss, {k: v.detach() for k, v in parts.items()}
 
 
+def action_distance(pi: torch.Tensor, actions: torch.Tensor, discrete: bool) -> torch.Tensor:
+    """|pi_i(o^i) - a^i|^2 of Eq. (12), (B,); both arguments are (B,N,A).
+
+    Discrete: summed over the agents, each of which has a loss of its own in line 31, as Q is a sum
+    over them, too. Continuous: their mean.
+    """
+    distance = (pi - actions).square().sum(-1)  # (B,N)
+    return distance.sum(-1) if discrete else distance.mean(-1)
+
+
 def policy_loss(
     actor: Actor,
     critic: Critic | None,
@@ -313,9 +323,7 @@ def policy_loss(
     """
     size, pi = len(batch.reward), actor(batch.obs, batch.avail)  # (B,N,A)
     rows = 1.0 if imagined_in == "printed" else real_weights(is_real)  # Deviation D8
-    distance = (pi - batch.actions).square().sum(-1)  # (B,N) |pi_i(o^i) - a^i|^2
-    # Discrete: each agent's own loss, line 31, as Q is a sum over the agents, too
-    distance = distance.sum(-1) if actor.discrete else distance.mean(-1)  # (B,)
+    distance = action_distance(pi, batch.actions, actor.discrete)  # (B,)
     value = torch.zeros_like(distance)
     if critic is not None:
         value = critic(batch.obs, batch.state, pi).mean(0)  # (B,)

@@ -30,7 +30,7 @@ import tyro
 
 import envs
 from behaviour import Quality, default_episodes
-from buffer import OfflineDataset, SyntheticBuffer, mix
+from buffer import OfflineDataset, SyntheticBuffer, mix, shuffle_uncertainty
 from datasets import load_dataset, one_sentence, task_of
 from envs import evaluate
 from experiment import report, setup
@@ -235,18 +235,6 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
     )  # fmt: skip
 
 
-def shuffled(rollout: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-    """u (H,M) in which each step of a rollout has the u of another one's same step (a placebo).
-
-    It is permuted among the steps that count, because the others' are of no state that occurs.
-    """
-    u, valid = rollout["uncertainty"], rollout["valid"]
-    noise = torch.rand(u.shape, generator=generator, device=u.device)
-    places = (noise - valid).argsort(dim=1)  # in random order, steps that count first
-    others = (1 - valid).argsort(dim=1, stable=True)  # in their order, steps that count first
-    return torch.empty_like(u).scatter(1, others, u.gather(1, places))
-
-
 def main(
     args: Args,
     learner: Callable = make_learner,
@@ -343,7 +331,7 @@ def main(
                 rollout = world_model.imagine(explore, starts, args.horizon, rng)
                 run.check_rollout(rollout, k + 1)  # stops where rollouts diverge
                 if args.uncertainty == "shuffled":
-                    rollout["uncertainty"] = shuffled(rollout, rng)
+                    rollout["uncertainty"] = shuffle_uncertainty(rollout, rng)
                 if args.uncertainty == "penalty":
                     rollout["reward"] -= rollout["uncertainty"] / args.u_scale  # Eq. (1)
                 model_data.add(rollout)  # with P_u, for the weights of Eq. (7) when sampling

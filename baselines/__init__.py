@@ -9,7 +9,8 @@
     python -m baselines.omiga --env-id 3s_vs_5z        train, with train.py's flags and its own
     python -m baselines.omiga --self-check             a small problem that it must solve
 
-`train.main` takes a learner or a world model for its own one; its docstring says what they have.
+`train.main` takes a learner or a world model in place of its own; its docstring says what either
+must offer.
 """
 
 import sys

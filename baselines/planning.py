@@ -33,7 +33,7 @@ import train
 from baselines import load_states, run, states
 from buffer import Batch
 from logo_wm import LogoWM
-from macql import MACQL, Actor, Critic
+from macql import MACQL, Actor, Critic, action_distance
 
 
 @dataclass
@@ -111,8 +111,7 @@ def mpc_loss(
     """
     loss, parts = policy_loss(actor, critic, batch, is_real)
     pi = actor(obs, avail)  # (B,N,A)
-    distance = (pi - best).square().sum(-1)  # (B,N)
-    distance = distance.sum(-1) if actor.discrete else distance.mean(-1)  # as Eq. (12) clones
+    distance = action_distance(pi, best, actor.discrete)
     assert distance.shape == best.shape[:1]
     return loss + weight * distance.mean(), parts | {"mpc": distance.mean().detach()}
 

@@ -216,6 +216,14 @@ def test_differences_are_paired_by_seed():
     assert tables.paired_difference(a, {1: b[1]}) == ([0.5], None)
 
 
+def test_a_cell_without_a_common_seed_is_not_in_the_aggregate():
+    rows = [row("logo", 1, 11.0), row("macql", 1, 10.0)]
+    other = [row("logo", s, 3.0, env_id="2s3z") for s in (2, 3)]
+    rows += [*other, row("macql", 1, 9.0, env_id="2s3z")]
+    assert "| all | 1 | 1 | 1 | +10.0 |" in tables.aggregate(tables.group(rows))
+    assert "| 2s3z | smax | medium | 1-2 |" in tables.comparison(tables.group(rows))
+
+
 def test_the_aggregate_is_over_cells_in_shares_of_macqls_return():
     maps = {"3s_vs_5z": ([11.0, 12.0], [10.0, 10.0]), "5m_vs_6m": ([8.0, 7.0], [8.0, 8.0])}
     rows = [

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from torch.nn import functional as F
 
-from buffer import Batch, OfflineDataset, SyntheticBuffer, mix
+from buffer import Batch, OfflineDataset, SyntheticBuffer, mix, shuffle_uncertainty
 from experiment.diagnostics import one_step_errors
 from logo_wm import LogoWM
 from macql import Actor, descend
@@ -411,3 +411,13 @@ def test_a_constant_column_has_no_deviation_however_large_it_is():
 def test_one_training_transition_has_finite_statistics():
     stats = make_dataset([1, 1]).statistics()
     assert all(x.isfinite().all() for x in stats.values())
+
+
+def test_a_placebo_permutes_u_among_the_steps_that_count():
+    g = torch.Generator().manual_seed(0)
+    u = torch.arange(60.0).view(3, 20)
+    valid = (torch.rand(3, 20, generator=g) > 0.3).float()
+    new = shuffle_uncertainty({"uncertainty": u, "valid": valid}, g)
+    assert not torch.equal(new, u)
+    for before, after, counts in zip(u, new, valid > 0, strict=True):
+        assert sorted(before[counts].tolist()) == sorted(after[counts].tolist())

@@ -203,16 +203,6 @@ def test_every_flag_that_branches_runs_and_has_an_effect(go, toy, tmp_path, monk
     assert all(results.values()), f"without effect: {[k for k, v in results.items() if not v]}"
 
 
-def test_a_placebo_permutes_u_among_the_steps_that_count():
-    g = torch.Generator().manual_seed(0)
-    u = torch.arange(60.0).view(3, 20)
-    valid = (torch.rand(3, 20, generator=g) > 0.3).float()
-    new = train.shuffled({"uncertainty": u, "valid": valid}, g)
-    assert not torch.equal(new, u)
-    for before, after, counts in zip(u, new, valid > 0, strict=True):
-        assert sorted(before[counts].tolist()) == sorted(after[counts].tolist())
-
-
 def test_without_model_it_is_macql_without_critic_cloning(go, toy, tmp_path):
     macql = go(*toy, "--synthetic-fraction", "0", out="macql")
     assert macql["world_model"] is None and macql["time"]["wm_updates_per_s"] == 0
