@@ -1,7 +1,7 @@
 """Recorded and imagined transitions in one shape.
 
   OfflineDataset   D:   recorded episodes, sampled uniformly; some episodes are held out for testing
-  SyntheticBuffer  D_m: the latest imagined rollouts, sampled with the weights of Eq. (7),
+  SyntheticBuffer  D_m: imagined rollouts, sampled with the weights of Eq. (7),
                         w = softmax(P_u),  P_u = clip(C - u / unit, [0, C]),  u = uncertainty
   mix              one training batch out of both (Algorithm 1, lines 24-29)
 
@@ -13,7 +13,6 @@
 Both store every observation once: the successor of a transition is another row of the same table.
 
 Departures from the paper; docs/deviations.md has the flags that take them back:
-  D10  D_m keeps the latest rollouts only.
   D20  u is measured in quarters of its median over recorded states.
 
 Sizes: B batch, N agents, O observation, S state, A action (one-hot if discrete), H horizon,
@@ -37,25 +36,40 @@ class Batch(NamedTuple):
     next_state: torch.Tensor  # (B,S)
     next_avail: torch.Tensor | None  # (B,N,A)
     terminated: torch.Tensor  # (B,) 1 = no value beyond this step; a time limit does not set it
+    steps: torch.Tensor  # (B,) how many lie between obs and next_obs
 
 
-def gather(columns: tuple, rows: torch.Tensor, next_rows: torch.Tensor) -> Batch:
-    """The transitions from `rows` to `next_rows`, both (B,) int64.
+def gather(
+    columns: tuple, rows: torch.Tensor, left: torch.Tensor, stride: int, steps: int, gamma: float
+) -> Batch:
+    """The transitions that start in `rows` (B,) int64, over `steps` steps or as many as there are.
+
+    The reward is then the sum of theirs, discounted by gamma per step (n-step returns); "next" is
+    after the last of them, and `terminated` is that one's.
 
     Args:
         columns: obs, state, actions, avail or None, reward, terminated; each (rows, ...).
+        left: (B,) int64, steps from here to the end of the episode or rollout, at least 1.
+        stride: rows from one step to the next.
     """
     obs, state, actions, avail, reward, terminated = columns
+    taken = left.clamp(max=steps)
+    last = rows + (taken - 1) * stride
+    k = torch.arange(steps, device=rows.device)
+    within = torch.minimum(rows.unsqueeze(-1) + k * stride, last.unsqueeze(-1))  # (B,steps)
+    discounts = gamma**k * (k < taken.unsqueeze(-1))
+    after = last + stride
     return Batch(
         obs=obs[rows],
         state=state[rows],
         actions=actions[rows],
         avail=None if avail is None else avail[rows],
-        reward=reward[rows],
-        next_obs=obs[next_rows],
-        next_state=state[next_rows],
-        next_avail=None if avail is None else avail[next_rows],
-        terminated=terminated[rows],
+        reward=(reward[within] * discounts).sum(-1),
+        next_obs=obs[after],
+        next_state=state[after],
+        next_avail=None if avail is None else avail[after],
+        terminated=terminated[last],
+        steps=taken.to(reward),
     )
 
 
@@ -88,6 +102,9 @@ class OfflineDataset:
         self.episode_returns = torch.stack(
             [reward[s : s + n].sum() for s, n in zip(starts, lengths, strict=True)]
         )
+        ends = torch.repeat_interleave(starts + lengths, lengths + 1)  # (R,) last row of each
+        self.left = (ends - torch.arange(rows)).to(obs.device)  # (R,) transitions to come
+        self.longest = int(lengths.max())
         order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
         cut = min(max(1, round(holdout * len(lengths))), len(lengths) - 1)
 
@@ -98,17 +115,19 @@ class OfflineDataset:
         self.held_out = transitions(order[:cut].sort().values)  # row numbers
         self.train = transitions(order[cut:].sort().values)  # row numbers
 
-    def gather(self, rows: torch.Tensor) -> Batch:
-        """The transitions that start in these rows (B,)."""
+    def gather(self, rows: torch.Tensor, steps: int = 1, gamma: float = 1.0) -> Batch:
+        """The transitions that start in these rows (B,); steps, gamma: see `gather` above."""
         columns = (self.obs, self.state, self.actions, self.avail, self.reward, self.terminated)
-        return gather(columns, rows, rows + 1)
+        return gather(columns, rows, self.left[rows], 1, min(steps, self.longest), gamma)
 
-    def sample(self, size: int, generator: torch.Generator) -> Batch:
-        """`size` training transitions, uniform with replacement."""
+    def sample(
+        self, size: int, generator: torch.Generator, steps: int = 1, gamma: float = 1.0
+    ) -> Batch:
+        """`size` training transitions, uniform with replacement; steps, gamma: as in `gather`."""
         pick = torch.randint(
             len(self.train), (size,), generator=generator, device=self.train.device
         )
-        return self.gather(self.train[pick])
+        return self.gather(self.train[pick], steps, gamma)
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Of o (N,O), s (S,), r () and terminated () in D: mean, std, min, max and zero, as
@@ -137,7 +156,7 @@ class OfflineDataset:
 class SyntheticBuffer:
     """D_m: a ring of the latest `retain` collections of M rollouts over H steps.
 
-    Everything is allocated once; `add` overwrites the oldest collection (Deviation D10).
+    Everything is allocated once; `add` overwrites the oldest collection, if there is no room.
 
     Args:
         retain: collections that are kept.
@@ -199,12 +218,18 @@ class SyntheticBuffer:
         """
         w = torch.softmax(self.p_u.flatten().double(), 0)  # (retain*H*M,)  Eq. (7)
         self.cdf = w.cpu().cumsum(0).to(w.device)  # on a GPU, cumsum is not reproducible
+        counts = self.p_u > -torch.inf  # (retain,H,M): steps up to the end of their rollout
+        self.left = counts.flip(1).cumsum(1).flip(1).flatten()  # (retain*H*M,) steps to come
         # share of the rows that the weights effectively use, 0..1
         self.effective_share = 1.0 / (w.square().sum() * (w > 0).sum())
 
-    def sample(self, size: int, generator: torch.Generator) -> Batch:
+    def sample(
+        self, size: int, generator: torch.Generator, steps: int = 1, gamma: float = 1.0
+    ) -> Batch:
         """`size` imagined transitions, each with probability w of Eq. (7), with replacement.
 
+        Args:
+            steps, gamma: as in `gather`; several steps end with the rollout.
         Raises:
             RuntimeError: nothing was added yet.
         """
@@ -218,7 +243,8 @@ class SyntheticBuffer:
         row = pick + collection * self.rollouts  # each collection has M rows more than transitions
         columns = (getattr(self, name) for name in self.COLUMNS)
         flat = tuple(None if x is None else x.flatten(0, 2) for x in columns)
-        return gather(flat, row, row + self.rollouts)
+        steps = min(steps, self.horizon)
+        return gather(flat, row, self.left[pick], self.rollouts, steps, gamma)
 
     def state_dict(self) -> dict:
         """Rows and weights for a checkpoint; without rows while nothing was added."""

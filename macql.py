@@ -32,6 +32,7 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
   D12 step sizes fall linearly to zero.  D13 a moving average of the actor is evaluated.
   D14 one actor network for all agents.  D21 the value in Eq. (12) divided by its magnitude.
   D26 the critic learns alone before the policies move.
+  D28 Bellman targets hold the rewards of five steps.
 Readings, where the paper leaves a choice: continuous actions are cloned in the mean over the
 agents, where Algorithm 1, line 31 gives each agent its own loss; the policy maximises the mean of
 the critics (the minimum is for the target alone); a shared actor of discrete actions standardises
@@ -272,7 +273,8 @@ def critic_loss(
             next_actions = actor(batch.next_obs, batch.next_avail)
         v_next = target(batch.next_obs, batch.next_state, next_actions).amin(0)  # Deviation D7
         v_next = v_next.clamp(*bounds)  # Deviation D4
-        y = batch.reward + gamma * (1 - batch.terminated) * v_next  # Eq. (11)
+        discount = gamma**batch.steps  # Deviation D28: rows lead several steps ahead
+        y = batch.reward + discount * (1 - batch.terminated) * v_next  # Eq. (11)
     if conservative == "expectation":
         with torch.no_grad():
             pi = actor(batch.obs, batch.avail)
@@ -478,7 +480,7 @@ def _self_check():
             batch = SimpleNamespace(
                 obs=obs, state=state, avail=avail, actions=F.one_hot(choice, actions).float(),
                 reward=choice.sum(-1).float(), next_obs=obs, next_state=state, next_avail=avail,
-                terminated=torch.ones(size),
+                terminated=torch.ones(size), steps=torch.ones(size),
             )  # fmt: skip
             learner.update(batch, torch.ones(size), g)
         q = critic.utilities(obs[:1], state[:1]).mean(0)[0].mean(0).tolist()  # (A,)

@@ -94,9 +94,6 @@ class Args:
     # Imagination, Phase 2
     horizon: int = 15
     """H, steps of an imagined rollout [Sec. 5.1]"""
-    imagine_after: float = 0.25
-    """D25: share of the updates that are on real rows alone before the first rollout; paper: 0
-    [ours]"""
     epsilon: float = 0.6
     """D16: agents that act at random in a step of a rollout, on average (robots: noise on every
     action); paper: 0 [ours]"""
@@ -104,8 +101,6 @@ class Args:
     """M, rollouts per collection, from real states drawn uniformly [ours]"""
     rollout_interval: int = 500
     """policy updates between two collections [ours]"""
-    model_retain: int = 5
-    """D10: collections that D_m keeps; paper: all of them, 0 [MOPO]"""
     uncertainty: Literal["weight", "penalty", "shuffled", "none"] = "weight"
     """use of u: sampling weight of Eq. (7), reward penalty of Eq. (1), the weight by the u of
     another rollout's same step (a placebo), or none [Sec. 4.3]"""
@@ -116,9 +111,9 @@ class Args:
     states; paper: 1 [ours]"""
 
     # Policy, Phase 3
-    updates: int = 8_000
-    """gradient steps on the critic, and on the clone; the policy waits at first (D26) [ours; Table
-    8: 10^7 steps, read as rows]"""
+    updates: int | None = None
+    """gradient steps on the critic, and on the clone; the policy waits at first (D26); None: 12
+    passes over D, at most 4,000 [ours; Table 8: 10^7 steps, read as rows]"""
     batch_size: int = 128
     """B, rows per step [Table 8]"""
     synthetic_fraction: float = 0.5
@@ -149,15 +144,19 @@ class Args:
     """D6: next action in the Bellman target; paper: max [Eq. 11]"""
     warm_start: bool = True
     """D18: start the policy from the clone; paper: no [ours]"""
+    n_step: int = 5
+    """D28: steps whose rewards are in a row's Bellman target, recorded or imagined; paper: 1
+    [Rainbow]"""
     critic_first: float = 0.25
-    """D26: share of the updates in which the critic learns alone, before the policy moves; paper: 0
-    [ours]"""
+    """D25, D26: share of the updates in which the critic learns alone, from real rows: the policy
+    waits and nothing is imagined; paper: 0 [ours]"""
     bc_lambda: float = 0.1
     """D17: lambda, weight of behaviour cloning in Eq. (12); paper: 1 [ours]"""
 
     # Evaluation and bookkeeping
-    eval_every: int = 500
-    """policy updates between two evaluations; the last five make the final score [ours]"""
+    eval_every: int | None = None
+    """policy updates between two evaluations, the last five of which make the final score; None: a
+    sixteenth of --updates [ours]"""
     eval_episodes: int = 512
     """episodes per evaluation, played side by side [ours]"""
     out: Path | None = None
@@ -169,14 +168,12 @@ class Args:
 
 
 # Defaults where actions are continuous; chosen on other seeds than those reported
-CONTINUOUS = {"eval_episodes": 20, "updates": 5_000, "epsilon": 0.2, "imagined_rows": "instead",
-              "conservative": "expectation", "gamma": 0.95, "critic_first": 0.0,
-              "bc_lambda": 0.6}  # fmt: skip
+CONTINUOUS = {"eval_episodes": 20, "eval_every": 500, "updates": 5_000, "epsilon": 0.2,
+              "conservative": "expectation", "gamma": 0.95, "bc_lambda": 0.6}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
 PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": False,
-         "clamp": False, "zeros": False, "observe": "predicted", "imagine_after": 0.0,
-         "imagined_rows": "printed",
-         "epsilon": 0.0, "model_retain": 0, "u_scale": 1.0,
+         "clamp": False, "zeros": False, "observe": "predicted",
+         "imagined_rows": "printed", "epsilon": 0.0, "u_scale": 1.0, "n_step": 1,
          "shared_actor": False, "critics": 1, "tau": 1.0, "conservative": "expectation",
          "backup": "max", "warm_start": False, "critic_first": 0.0,
          "bc_lambda": 1.0}  # fmt: skip
@@ -208,6 +205,11 @@ def decay_updates(args: Args, updates: int) -> int:
     return 0 if args.paper else updates  # Deviation D12
 
 
+def waiting(args: Args) -> int:
+    """Updates in which the critic learns alone, from real rows."""
+    return round(args.critic_first * args.updates)
+
+
 def exploration(args: Args, spec: envs.Spec) -> float:
     """Each agent's chance of a random action, or the noise's standard deviation."""
     return min(1.0, args.epsilon / spec.num_agents) if spec.discrete else args.epsilon
@@ -231,7 +233,7 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         args.gamma, args.cql_alpha, args.conservative, args.backup,
         "printed" if args.imagined_rows == "printed" else "bellman", bounds,  # Deviation D8
         args.bc_lambda, normalise_q=not (spec.discrete or args.paper),  # Deviation D21
-        critic_first=round(args.critic_first * args.updates),  # Deviation D26
+        critic_first=waiting(args),  # Deviation D26
     )  # fmt: skip
 
 
@@ -261,6 +263,7 @@ def main(
     device, method = setup.choose_device(args), method or setup.method(args)
     path = setup.find_dataset(args)  # recorded now if there is none
     data, metadata = load_dataset(path, 0.05, 0, device, args.env_id)  # D, 5 % of it held out
+    asked, args = args, setup.settle(args, data)  # numbers for what depends on the data
     setup.announce(args, device, metadata, method)
     env, spec = setup.choose_simulator(args, data, metadata)  # env None: nothing plays this task
     setup.check_memory(args, spec, device)
@@ -285,7 +288,7 @@ def main(
         )  # Deviation D15
         wm_schedule = linear_decay(wm_optimizer, decay_updates(args, args.wm_updates))
         model_data = SyntheticBuffer(  # D_m
-            setup.kept_collections(args), args.horizon, args.rollout_batch_size, *spec[2:6],
+            setup.collections(args), args.horizon, args.rollout_batch_size, *spec[2:6],
             device, spec.discrete, args.cap, args.u_scale,
             weighted=args.uncertainty in ("weight", "shuffled"),
         )  # fmt: skip
@@ -298,7 +301,7 @@ def main(
                 mode = "reduce-overhead" if graph else "default"
                 setattr(part, name, torch.compile(getattr(part, name), mode=mode))
 
-    run = Run(args, spec, metadata, device, method, started)
+    run = Run(args, asked, spec, metadata, device, method, started)
     run.start(**state)  # afresh, or with --resume from the checkpoint
 
     # Phase 0, ours: behaviour cloning, with as many updates as the critic gets
@@ -322,7 +325,7 @@ def main(
         for actor in (learner.actor, learner.ema_actor):
             actor.load_state_dict(bc_actor.state_dict())
     explore = partial(learner.actor.sample, epsilon=exploration(args, spec))  # Deviation D16
-    first = round(args.imagine_after * args.updates)  # Deviation D25
+    first = waiting(args)  # Deviation D25
     for k in run.phase("policy", "Phases 2, 3: imagine, improve", args.updates):
         imagining = n_synthetic > 0 and k >= first
         if imagining and (k - first) % args.rollout_interval == 0:  # Phase 2, lines 8-22
@@ -337,15 +340,18 @@ def main(
                 model_data.add(rollout)  # with P_u, for the weights of Eq. (7) when sampling
                 run.imagined_rows += args.horizon * args.rollout_batch_size
         # Phase 3, lines 23-29: real and imagined rows in one batch
-        batch = data.sample(n_real if imagining else args.batch_size, rng)
+        size = n_real if imagining else args.batch_size
+        batch = data.sample(size, rng, args.n_step, args.gamma)  # Deviation D28
         is_real = torch.ones_like(batch.reward)
         if imagining:
-            batch, is_real = mix(batch, model_data.sample(n_synthetic, rng))
+            imagined = model_data.sample(n_synthetic, rng, args.n_step, args.gamma)
+            batch, is_real = mix(batch, imagined)
         metrics = learner.update(batch, is_real, rng)  # lines 30, 31
         if n_synthetic:
             metrics["effective_share"] = model_data.effective_share
         run.log(metrics)
-        if env and ((k + 1) % args.eval_every == 0 or k + 1 == args.updates):
+        due = (k + 1) % args.eval_every == 0 or k + 1 == args.updates
+        if env and due and k + 1 >= first:  # until then it is the clone
             with run.timed("eval"):  # other episodes every time
                 seed = 10**6 * (args.seed + 1) + k
                 score = evaluate(env, learner.ema_actor.greedy, args.eval_episodes, seed, device)

@@ -217,7 +217,7 @@ def _self_check():
         batch = SimpleNamespace(
             obs=obs, state=state, avail=avail, actions=F.one_hot(choice, actions).float(),
             reward=choice.sum(-1).float(), next_obs=obs, next_state=state, next_avail=avail,
-            terminated=torch.ones(size),
+            terminated=torch.ones(size), steps=torch.ones(size),
         )  # fmt: skip
         metrics = learner.update(batch, torch.ones(size), g)
         if k % 100 == 0:

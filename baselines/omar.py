@@ -57,6 +57,8 @@ class Args(train.Args):
 
     synthetic_fraction: float = 0.0
     """share of imagined rows; more than 0 puts OMAR on LOGO's world model [ours]"""
+    critic_first: float = 0.0
+    """OMAR has no such share: its policies move from the first update on"""
     cql_alpha: float | None = None
     """alpha: weight of the conservative term; default 5, for robots 1 [code: 5 on StarCraft, 1 on
     a robot's random and medium data, 5 on its other data]"""
@@ -124,7 +126,8 @@ def critic_loss(
     with torch.no_grad():
         next_actions = actor.greedy(batch.next_obs, batch.next_avail)
         v_next = target.each(batch.next_obs, next_actions).amin(0).clamp(*bounds)  # (B,N)
-        y = batch.reward.unsqueeze(-1) + gamma * (1 - batch.terminated).unsqueeze(-1) * v_next
+        discount = gamma**batch.steps * (1 - batch.terminated)  # (B,)
+        y = batch.reward.unsqueeze(-1) + discount.unsqueeze(-1) * v_next
     q_data, q_all = data_and_all_values(critic, batch, actor, noise)
     assert q_data.shape == q_all.shape == (critic.critics, *y.shape)
     bellman = (q_data - y).square().mean((1, 2)).sum()
@@ -249,7 +252,7 @@ def _self_check():
         for _ in range(80):
             a = torch.empty(64, 2, 1).uniform_(-1, 1, generator=g)
             reward, now = (a * a + 0.4 * a).sum((1, 2)), {"obs": obs, "avail": None, "actions": a}
-            then = {"next_obs": obs, "next_avail": None, "terminated": ones}
+            then = {"next_obs": obs, "next_avail": None, "terminated": ones, "steps": ones}
             learner.update(SimpleNamespace(**now, reward=reward, **then), ones, g)
         ends[c] = actor(obs[:1], None).flatten().tolist()
         print(f"c {c}: actions {' '.join(f'{x:.2f}' for x in ends[c])}")

@@ -53,6 +53,8 @@ class Args(train.Args):
 
     synthetic_fraction: float = 0.0
     """share of imagined rows; more than 0 puts OMIGA on LOGO's world model [ours]"""
+    critic_first: float = 0.0
+    """OMIGA has no such share: its policies move from the first update on"""
     lr: float = 5e-4
     """Adam's step size for every network [the code]"""
     tau: float = 0.05
@@ -118,7 +120,7 @@ def q_loss(values: Values, target: Values, batch: Batch, gamma: float) -> Loss:
     """Bellman error of Q_tot on a `buffer.Batch`; V_tot(s') is of the target networks."""
     with torch.no_grad():
         v_next = target.total(target.v(batch.next_obs), batch.next_state)
-        y = batch.reward + gamma * (1 - batch.terminated) * v_next
+        y = batch.reward + gamma**batch.steps * (1 - batch.terminated) * v_next
     q = values(batch.obs, batch.state, batch.actions)
     assert q.shape == y.shape == batch.reward.shape
     loss = (q - y).square().mean()  # OMIGA's loss of Q_i, w_i and b
@@ -249,7 +251,8 @@ def _self_check():
     for k in range(201):
         choice = (torch.rand(size, n, generator=g) < 0.25).long()
         taken, reward, ones = F.one_hot(choice, actions).float(), choice.sum(-1), torch.ones(size)
-        learner.update(Batch(obs, state, taken, avail, reward, obs, state, avail, ones), ones, g)
+        batch = Batch(obs, state, taken, avail, reward, obs, state, avail, ones, ones)
+        learner.update(batch, ones, g)
         if k % 50 == 0:
             pi = actor(obs[:1], avail[:1])[0].mean(0).tolist()  # (A,)
             print(f"update {k:3}: pi(1) {pi[1]:.3f}, known {known:.3f}   unseen {sum(pi[2:]):.4f}")

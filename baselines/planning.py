@@ -42,8 +42,6 @@ class Args(train.Args):
 
     NO_EFFECT: ClassVar = ("critic", "imagined_rows", "uncertainty", "cap", "u_scale")
 
-    imagine_after: float = 0.0
-    """share of the updates before the first planning [ours]"""
     candidates: int = 3
     """C, joint actions that are compared [Sec. 5.2]"""
     planning_horizon: int = 5
@@ -227,7 +225,8 @@ def _self_check():
     plan = partial(best_action, candidates=3, horizon=1, gamma=0.99, epsilon=0.5)
     obs, state, avail = torch.zeros(size, 1, 1), torch.zeros(size, 1), torch.ones(size, 1, 2)
     taken = F.one_hot(torch.randint(2, (size, 1), generator=g), 2).float()
-    batch = Batch(obs, state, taken, avail, torch.zeros(size), obs, state, avail, torch.ones(size))
+    ones = torch.ones(size)
+    batch = Batch(obs, state, taken, avail, torch.zeros(size), obs, state, avail, ones, ones)
     planning = Planning(learner, lambda generator: batch, plan, interval=10, weight=1.0)
     planning.model = SimpleNamespace(imagine=imagine)
     is_real = torch.cat([torch.ones(size // 2), torch.zeros(size // 2)])

@@ -208,7 +208,7 @@ def result(final: dict, method: str, variant: str, quality: str, machine: str, c
         data_return=final["dataset"]["return_mean"],
         episodes=score.get("episodes", 0),
         **{name: errors.get(name) for name in names},
-        updates=final["args"]["updates"],
+        updates=final["updates"],
         total_s=final["time"]["total_s"],
         commit=final["commit"],
         machine=machine,

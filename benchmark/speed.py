@@ -130,7 +130,7 @@ def logo_update(device, task, sizes, batch, hidden=256) -> Entry:
     actions, terminated = random_actions(device, batch, n, a), torch.zeros(batch, device=device)
     transitions = Batch(
         x(batch, n, o), x(batch, s), actions, available, x(batch), x(batch, n, o), x(batch, s),
-        available, terminated,
+        available, terminated, torch.ones(batch, device=device),
     )  # fmt: skip
     row = Row(TRAINING[0], "LOGO", task, agents=n, batch=batch, unit="updates/s")
     row.parameters = parameters(model)
@@ -182,9 +182,7 @@ def training(clock: Clock, mode: str, quick: bool) -> list[Row]:
     world_model = train.make_world_model(args, spec, data)
     learner = train.make_learner(args, spec, data)
     optimizer = torch.optim.AdamW(world_model.parameters(), args.lr, fused=True)
-    model_data = SyntheticBuffer(
-        args.model_retain, args.horizon, args.rollout_batch_size, n, o, s, a, device
-    )
+    model_data = SyntheticBuffer(1, args.horizon, args.rollout_batch_size, n, o, s, a, device)
     if mode == "compiled":
         for part in (world_model, learner):
             for name in part.compilable:

@@ -295,7 +295,7 @@ def bellman_error(learner, batch, gamma: float) -> float:
     """
     pi = learner.actor(batch.next_obs, batch.next_avail)
     v_next = learner.critic_target(batch.next_obs, batch.next_state, pi).amin(0)  # (B,)
-    y = batch.reward + gamma * (1 - batch.terminated) * v_next
+    y = batch.reward + gamma**batch.steps * (1 - batch.terminated) * v_next
     q = learner.critic(batch.obs, batch.state, batch.actions)  # (K,B)
     return (q - y).square().mean().item()
 

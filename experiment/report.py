@@ -90,7 +90,8 @@ def about(run) -> dict:
         device = f"cuda {torch.cuda.get_device_name(run.device)}"
     versions = {name: installed(name) for name in PACKAGES}
     return {
-        "args": plain(run.args),
+        "args": plain(run.asked),
+        "updates": run.args.updates,
         "method": run.method,
         "commit": commit(),
         "versions": versions | {"python": platform.python_version()},

@@ -6,6 +6,7 @@ not, or if no simulator here plays the task, the run trains all the same, plays 
 ends with what can be measured on held-out data: its backend is then called "offline".
 """
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -25,11 +26,13 @@ from logo_wm import LogoWM
 from macql import Actor, Critic
 from simulators import starcraft
 
+PASSES, MOST_UPDATES = 12, 4_000  # of --updates, where it is not given
+EVALUATIONS = 16  # during training, where --eval-every is not given
 STARCRAFT_GAMES = 4  # processes of StarCraft II side by side, each with a gigabyte of memory
-SHARES = ("synthetic_fraction", "gamma", "tau", "imagine_after", "critic_first")
-MAY_BE_ZERO = ("seed", "threads", "model_retain")
+SHARES = ("synthetic_fraction", "gamma", "tau", "critic_first")
+MAY_BE_ZERO = ("seed", "threads")
 SIZES = ("hidden", "critics", "batch_size", "wm_batch_size", "rollout_batch_size", "horizon",
-         "model_retain", "eval_episodes")  # fmt: skip
+         "eval_episodes")  # fmt: skip
 TASK = re.compile(r"\w[\w.|-]*")
 LARGEST = 1e30  # float32 holds it
 MOST = 2**32 - 1  # also what every generator of random numbers takes as a seed
@@ -112,7 +115,7 @@ def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
     numbers += args.batch_size * (1 + added) * (n * o + s + 2 * h * args.critics)
     numbers += args.eval_episodes * (n * (o + a) + s + SIMULATED)
     if imagines:
-        rows = kept_collections(args) * (args.horizon + 1) * args.rollout_batch_size
+        rows = collections(args) * (args.horizon + 1) * args.rollout_batch_size
         numbers += rows * (n * o + s + 2 * n * a + 2) + args.wm_batch_size * n * (o + s + 2 * h)
     need = 4 * numbers / 2**30
     if device.type == "cuda":
@@ -127,9 +130,11 @@ def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
         )
 
 
-def kept_collections(args) -> int:
-    """Collections that D_m keeps; --model-retain 0 stands for all of them."""
-    return args.model_retain or math.ceil(args.updates / args.rollout_interval)
+def collections(args) -> int:
+    """Collections of rollouts in a run: D_m has room for all of them."""
+    updates = args.updates or 1  # not known yet before the data
+    imagining = updates - round(args.critic_first * updates)
+    return max(1, math.ceil(imagining / args.rollout_interval))
 
 
 def choose_device(args) -> torch.device:
@@ -163,6 +168,16 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.strip() + ("-dirty" if changed else "")
+
+
+def settle(args, data: OfflineDataset):
+    """The flags with a number for each whose default depends on the data.
+
+    A pass over D is as many updates as it has batches of training transitions.
+    """
+    updates = args.updates or min(MOST_UPDATES, PASSES * len(data.train) // args.batch_size or 1)
+    every = args.eval_every or -(-updates // EVALUATIONS)
+    return dataclasses.replace(args, updates=updates, eval_every=every)
 
 
 def find_dataset(args) -> Path:
@@ -231,7 +246,8 @@ def announce(args, device: torch.device, metadata: dict, name: str) -> None:
     """Say what is trained, on which device and data."""
     won = f", {metadata['win_rate']:.0%} won" if "win_rate" in metadata else ""
     print(
-        f"{name.upper()} on {args.env_id}, device {device}, seed {args.seed}\n"
+        f"{name.upper()} on {args.env_id}, device {device}, seed {args.seed}, "
+        f"{args.updates:,} updates\n"
         f"data {metadata['path']}: {metadata['episodes']} episodes, "
         f"{metadata['transitions']:,} transitions, return {metadata['return_mean']:.2f} +- "
         f"{metadata['return_std']:.2f}{won}\n     sha256 {metadata['sha256']}"

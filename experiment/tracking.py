@@ -1,6 +1,6 @@
 """One run while it trains: progress bars, metrics.csv, TensorBoard and checkpoint.pt.
 
-    run = Run(args, spec, metadata, device, method="logo", started=time.time())
+    run = Run(args, asked, spec, metadata, device, method="logo", started=time.time())
     run.start(world_model=world_model, learner=learner, rng=rng)   # or goes on where it stopped
     for k in run.phase("wm", "Phase 1: world model", 3000):
         ...one update...
@@ -43,16 +43,17 @@ class Run:
     """A run's folder, counters, clocks, metrics and checkpoint.
 
     Args:
-        args: train.Args. spec, metadata: of the environment and of the data. device: of training.
+        args: train.Args, settled. asked: the same as given, by which a run is known again.
+        spec, metadata: of the environment and of the data. device: of training.
         method: name for the folder and the report. started: of the run, in time.time()'s seconds.
     """
 
     def __init__(
-        self, args, spec: envs.Spec, metadata: dict, device: torch.device, method: str,
+        self, args, asked, spec: envs.Spec, metadata: dict, device: torch.device, method: str,
         started: float,
     ):  # fmt: skip
-        self.args, self.spec, self.metadata, self.device = args, spec, metadata, device
-        self.method, self.started = method, started
+        self.args, self.asked, self.spec, self.metadata = args, asked, spec, metadata
+        self.device, self.method, self.started = device, method, started
         source = args.quality
         if args.dataset:  # many public files have the same name
             source = f"{args.dataset.resolve().stem}-{metadata['sha256'][:6]}"
@@ -199,7 +200,8 @@ class Run:
         if self.args.track:
             import wandb
 
-            self._wandb = wandb.init(project="logo", name=self.folder.name, config=plain(self.args))
+            flags = plain(self.asked)
+            self._wandb = wandb.init(project="logo", name=self.folder.name, config=flags)
 
     def _write(self, phase: str, update: int, metrics: dict[str, float]) -> None:
         with self._csv.open("a") as f:
@@ -221,7 +223,7 @@ class Run:
         with self.timed("checkpoint"):
             self.seconds["total"] = started - self.started
             state = {name: getattr(self, name) for name in COUNTERS}
-            state |= {"args": plain(self.args), "backend": self.spec.backend}
+            state |= {"args": plain(self.asked), "backend": self.spec.backend}
             state |= {"data": self.metadata["sha256"], "device": self.device.type}
             for name, part in self.parts.items():
                 is_generator = isinstance(part, torch.Generator)
@@ -267,7 +269,7 @@ class Run:
             raise ValueError(f"{path} was trained with --device {state['device']}.")
         if state["data"] != self.metadata["sha256"]:
             raise ValueError(f"{path} is of a run on other data than {self.metadata['path']}.")
-        mine, theirs = plain(self.args), state["args"]
+        mine, theirs = plain(self.asked), state["args"]
         require(isinstance(theirs, dict), f"{path}: args")
         checked = [k for k in mine if k not in (*MAY_DIFFER, "dataset")]  # data: by their hash
         if differ := [k for k in checked if mine[k] != theirs.get(k)]:

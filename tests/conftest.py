@@ -21,8 +21,8 @@ os.environ.setdefault(
 
 TINY = (
     "--updates 6 --wm-updates 4 --batch-size 16 --wm-batch-size 16 --hidden 16 --horizon 3 "
-    "--rollout-batch-size 8 --rollout-interval 2 --model-retain 2 --eval-every 3 "
-    "--eval-episodes 8 --threads 1 --device cpu --u-scale 5 --imagine-after 0.17"
+    "--rollout-batch-size 8 --rollout-interval 2 --eval-every 3 "
+    "--eval-episodes 8 --threads 1 --device cpu --u-scale 5 --critic-first 0.17"
 ).split()
 
 

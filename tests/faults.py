@@ -54,7 +54,7 @@ LIMIT = 30  # seconds for a case
 ROOM = 2**19  # kilobytes that a case may add to the half gigabyte that the program takes
 TINY = (
     "--updates 4 --wm-updates 3 --batch-size 8 --wm-batch-size 8 --hidden 8 --horizon 2 "
-    "--rollout-batch-size 4 --rollout-interval 2 --threads 1 --device cpu --imagine-after 0"
+    "--rollout-batch-size 4 --rollout-interval 2 --threads 1 --device cpu --critic-first 0"
 ).split()
 
 

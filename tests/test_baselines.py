@@ -138,7 +138,7 @@ def test_the_ensembles_likelihood_and_doubt_equal_the_formula(parts):
 def test_an_ensembles_rollout_is_sampled_and_repeats(parts):
     data, spec, batch, _ = parts
     model = ensemble.Ensemble(joint.JointRows(spec, data, 8), hidden=8, members=3)
-    actor = train.make_learner(train.Args(hidden=8), spec, data).actor
+    actor = train.make_learner(train.Args(hidden=8, updates=8), spec, data).actor
     one, same, other = (
         model.imagine(actor.sample, batch, 3, torch.Generator().manual_seed(k)) for k in (0, 0, 1)
     )

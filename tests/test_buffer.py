@@ -63,6 +63,20 @@ def test_gather_returns_a_row_and_its_successor():
     assert torch.equal(batch.reward, rows * 2.0) and torch.equal(batch.terminated, rows * 3.0)
 
 
+def test_gather_over_several_steps_ends_with_the_episode():
+    data = make_dataset([4, 1])  # rows 0-3 and 5 are transitions, 4 and 6 final observations
+    batch = data.gather(torch.tensor([0, 2, 3, 5]), steps=3, gamma=0.5)
+    assert batch.steps.tolist() == [3, 2, 1, 1]
+    assert batch.next_state[:, 0].tolist() == [3, 4, 4, 6]
+    assert batch.next_obs[:, 0, 0].tolist() == batch.next_avail[:, 0, 0].neg().tolist()
+    assert batch.next_obs[:, 0, 0].tolist() == [3, 4, 4, 6]
+    assert batch.terminated.tolist() == [3 * 2, 3 * 3, 3 * 3, 3 * 5]  # of the last step
+    assert batch.reward.tolist() == [0 + 0.5 * 2 + 0.25 * 4, 4 + 0.5 * 6, 6, 10]
+    assert torch.equal(batch.actions[:, 0, 0], torch.tensor([0.0, 2, 3, 5]))
+    whole = data.gather(torch.tensor([0]), steps=100, gamma=1.0)
+    assert whole.steps.item() == 4 and whole.reward.item() == 0 + 2 + 4 + 6
+
+
 def test_continuous_data_have_no_mask():
     batch = make_dataset(avail=False).gather(torch.tensor([0, 1]))
     assert batch.avail is None and batch.next_avail is None
@@ -209,6 +223,31 @@ def test_successor_is_next_step_of_same_rollout():
     for column in (batch.obs[:, 1, 2], batch.avail[:, 1, 3], batch.actions[:, 1, 4]):
         assert torch.equal(column, now)
     assert torch.equal(batch.reward, 2 * now) and torch.equal(batch.terminated, 3 * now)
+
+
+def test_several_imagined_steps_end_with_the_rollout():
+    horizon, rollouts = 4, 2
+    buffer = SyntheticBuffer(1, horizon, rollouts, 1, 1, 1, 1, "cpu", discrete=False, cap=1.0)
+    number = torch.arange((horizon + 1) * rollouts).float().view(horizon + 1, rollouts)
+    ends = torch.zeros(horizon, rollouts)
+    ends[1, 1] = 1.0  # the second rollout ends after two steps
+    valid = torch.tensor([[1.0, 1], [1, 1], [1, 0], [1, 0]])
+    buffer.add({
+        "obs": number[..., None, None], "state": number[..., None], "reward": number[:-1],
+        "actions": number[:-1, :, None, None], "terminated": ends, "valid": valid,
+        "uncertainty": torch.ones(horizon, rollouts),
+    })  # fmt: skip
+    batch = buffer.sample(500, torch.Generator().manual_seed(0), steps=3, gamma=0.5)
+    seen = {}
+    for k in range(500):
+        row = int(batch.state[k, 0])
+        seen[row] = [int(batch.steps[k]), int(batch.next_state[k, 0]), batch.terminated[k].item()]
+        within = [row + 2 * j for j in range(seen[row][0])]
+        expected = sum(0.5**j * r for j, r in enumerate(within))
+        assert batch.reward[k].item() == pytest.approx(expected)
+    assert seen == {
+        0: [3, 6, 0], 2: [3, 8, 0], 4: [2, 8, 0], 6: [1, 8, 0], 1: [2, 5, 1], 3: [1, 5, 1],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("cap", [0.0, 0.5, 2.0, 50.0])

@@ -24,7 +24,7 @@ class CloningLearner:
         self.actor = macql.Actor(x["obs_mean"], x["obs_std"], spec.action_dim, args.hidden)
         self.ema_actor = copy.deepcopy(self.actor)
         self.optimizer = torch.optim.SGD(self.actor.parameters(), lr=0.1)
-        self.updates_on_real_rows = round(args.imagine_after * args.updates)
+        self.updates_on_real_rows = round(args.critic_first * args.updates)
 
     def update(self, batch, is_real, generator):
         assert isinstance(generator, torch.Generator)
@@ -87,7 +87,7 @@ def test_stand_ins_train_end_to_end(parts, dataset, tmp_path, undrawn):
 @pytest.mark.parametrize("imagined_rows", ["added", "instead", "printed"])
 def test_a_flag_says_where_imagined_rows_count(imagined_rows):
     data, spec = make_data(True)
-    learner = train.make_learner(train.Args(hidden=8, imagined_rows=imagined_rows), spec, data)
+    learner = train.make_learner(train.Args(hidden=8, updates=8, imagined_rows=imagined_rows), spec, data)
     expected = "printed" if imagined_rows == "printed" else "bellman"
     for loss in (learner.critic_loss, learner.policy_loss):
         assert loss.keywords["imagined_in"] == expected
@@ -101,7 +101,7 @@ def test_targets_lie_within_the_returns_of_the_data():
         later += [math.fsum(rewards[t:]) for t in range(length)]
         row += length + 1
     learners = [
-        train.make_learner(train.Args(hidden=8, clamp=x), spec, data) for x in (True, False)
+        train.make_learner(train.Args(hidden=8, updates=8, clamp=x), spec, data) for x in (True, False)
     ]
     found = [learner.critic_loss.keywords["bounds"] for learner in learners]
     assert found[0] == pytest.approx((min(later), max(later)), abs=1e-4)
@@ -156,7 +156,7 @@ def test_compiled_and_eager_cloning_are_equal():
     """The smallest loss, all the way to the C++."""
     torch.compiler.reset()
     data, spec = make_data(True)
-    learner = train.make_learner(train.Args(hidden=8), spec, data)
+    learner = train.make_learner(train.Args(hidden=8, updates=8), spec, data)
     batch = data.sample(16, torch.Generator().manual_seed(0))
     compiled = torch.compile(macql.policy_loss)
     ones = torch.ones(16)

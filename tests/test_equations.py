@@ -74,6 +74,7 @@ def make_batch(discrete: bool = True) -> Batch:
         next_state=torch.randn(B, S),
         next_avail=avail[1] if discrete else None,
         terminated=torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0]),
+        steps=torch.tensor([1.0, 1.0, 5.0, 2.0, 3.0]),
     )
 
 
@@ -651,7 +652,7 @@ def naive_critic_loss(
                 for q in nexts
             )
         v = min(max(v, bounds[0]), bounds[1])
-        y[b] = batch.reward[b] + GAMMA * (1 - batch.terminated[b]) * v
+        y[b] = batch.reward[b] + GAMMA ** batch.steps[b] * (1 - batch.terminated[b]) * v
         pi = naive_pi(case, batch.obs, batch.avail, b)
         taken = tuple(batch.actions[b].argmax(-1).tolist())
         for k in k_all:
@@ -739,10 +740,10 @@ def test_eq_11_takes_the_best_available_joint_action():
     for b in range(B):
         after = naive_utilities(case, case.target, batch.next_obs, batch.next_state, b, 0)
         best = max(value_of(after, joint) for joint in joint_actions(batch.next_avail, b))
-        y = batch.reward[b].item() + GAMMA * (1 - batch.terminated[b].item()) * best
+        y = batch.reward[b] + GAMMA ** batch.steps[b] * (1 - batch.terminated[b]) * best
         now = naive_utilities(case, case.critic, batch.obs, batch.state, b, 0)
         taken = tuple(batch.actions[b].argmax(-1).tolist())
-        bellman += 0.5 * (value_of(now, taken) - y) ** 2 / B
+        bellman += 0.5 * (value_of(now, taken) - y.item()) ** 2 / B
     _, parts = critic_loss(
         case.critic, case.target, case.actor, batch, case.is_real, GAMMA, ALPHA, backup="max"
     )  # fmt: skip
@@ -797,7 +798,7 @@ def continuous_terms(case, bounds=(-math.inf, math.inf)):
         following = naive_pi(case, batch.next_obs, None, b)
         v = min(naive_value(case, case.target, batch.next_state, following, b, k) for k in critics)
         v = min(max(v, bounds[0]), bounds[1])
-        y[b] = batch.reward[b] + GAMMA * (1 - batch.terminated[b]) * v
+        y[b] = batch.reward[b] + GAMMA ** batch.steps[b] * (1 - batch.terminated[b]) * v
         for k in critics:
             actions = array(batch.actions[b])
             data[k, b] = naive_value(case, case.critic, batch.state, actions, b, k)

@@ -19,7 +19,7 @@ def losses_and_gradients(setting: str, discrete: bool, device: str) -> dict[str,
     """Of world model, critic and policies, on one batch, from the same weights on every device."""
     torch.manual_seed(0)
     data, spec = make_data(discrete, device)
-    args = train.Args(hidden=32, **SETTINGS[setting])
+    args = train.Args(hidden=32, updates=8, **SETTINGS[setting])
     model, learner = (f(args, spec, data) for f in (train.make_world_model, train.make_learner))
     batch = data.gather(data.train[:32])
     real = (torch.arange(32, device=device) % 2).float()

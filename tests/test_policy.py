@@ -51,7 +51,7 @@ def bandit(size, generator, share_of_1=0.5) -> SimpleNamespace:
     return SimpleNamespace(
         obs=obs, state=state, avail=avail, actions=F.one_hot(choice, ACTIONS).float(),
         reward=choice.sum(-1).float(), next_obs=obs, next_state=state, next_avail=avail,
-        terminated=torch.ones(size),
+        terminated=torch.ones(size), steps=torch.ones(size),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import pytest
@@ -163,7 +164,7 @@ def test_checkpoints_are_due_by_their_cost(go, toy, monkeypatch):
 
 FLAGS = [
     "--deduce-from obs", "--deduce-from obs+state", "--no-heads", "--no-clamp", "--no-zeros",
-    "--observe predicted", "--imagine-after 0", "--imagined-rows printed", "--model-retain 0",
+    "--observe predicted", "--imagined-rows printed", "--n-step 1",
     "--uncertainty penalty", "--uncertainty shuffled", "--uncertainty none",
     "--no-shared-actor", "--critic-first 0",
     "--critics 1", "--conservative expectation", "--backup max", "--wm-weight-decay 1.0",
@@ -214,10 +215,23 @@ def test_without_model_it_is_macql_without_critic_cloning(go, toy, tmp_path):
 def test_paper_sets_the_literal_reading_and_flags_still_count(go, toy):
     final = go(*toy, "--paper", "--gamma", "0.9", "--no-warm-start", "--critics", "3")
     args = final["args"]
-    of_tiny = {"model_retain": 2, "u_scale": 5.0, "imagine_after": 0.17}
+    of_tiny = {"u_scale": 5.0, "critic_first": 0.17}
     expected = train.PAPER | of_tiny | {"gamma": 0.9, "critics": 3}
     assert {k: args[k] for k in expected} == expected
     assert final["rollout"]["finite"]
+
+
+@pytest.mark.parametrize("rows, updates", [
+    (40, setup.PASSES * 40 // 2), (10**7, setup.MOST_UPDATES), (1, setup.PASSES // 2)
+])  # fmt: skip
+def test_updates_and_evaluations_follow_the_size_of_the_data(rows, updates):
+    data = SimpleNamespace(train=range(rows))
+    settled = setup.settle(train.Args(batch_size=2), data)
+    assert settled.updates == updates
+    assert settled.eval_every == math.ceil(updates / setup.EVALUATIONS)
+    asked = setup.settle(train.Args(updates=7, eval_every=3), data)
+    assert (asked.updates, asked.eval_every) == (7, 3)
+    assert setup.settle(train.Args(batch_size=10**6), SimpleNamespace(train=range(1))).updates == 1
 
 
 def test_every_deviation_has_a_literal_value():
@@ -264,7 +278,8 @@ BAD = {
     "--lr -0.1": "--lr is -0.1",
     "--gamma inf": "--gamma is inf",
     "--uncertainty penalty --u-scale 0": "give --u-scale",
-    "--imagine-after 1.5": "--imagine-after is 1.5",
+    "--critic-first 1.5": "--critic-first is 1.5",
+    "--n-step 0": "--n-step is 0",
     "--critic none": "--synthetic-fraction 0",
     "--env-id 2s3z": "recorded on 3s_vs_5z",
     "--dataset nothing.h5": "nothing.h5",

@@ -62,7 +62,7 @@ def make_data(discrete: bool, device: str = "cpu") -> tuple[OfflineDataset, envs
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_training_reads_no_value(setting, discrete, one_hot_as_on_a_gpu):
     data, spec = make_data(discrete)
-    args = train.Args(hidden=8, **SETTINGS[setting])
+    args = train.Args(hidden=8, updates=8, **SETTINGS[setting])
     world_model, learner = (
         make(args, spec, data) for make in (train.make_world_model, train.make_learner)
     )
