@@ -148,7 +148,7 @@ class Args:
     """D28: steps whose rewards are in a row's Bellman target, recorded or imagined; paper: 1
     [Rainbow]"""
     critic_first: float = 0.25
-    """D25, D26: share of the updates in which the critic learns alone, from real rows: the policy
+    """D26: share of the updates in which the critic learns alone, from real rows: the policy
     waits and nothing is imagined; paper: 0 [ours]"""
     bc_lambda: float = 0.1
     """D17: lambda, weight of behaviour cloning in Eq. (12); paper: 1 [ours]"""
@@ -325,7 +325,7 @@ def main(
         for actor in (learner.actor, learner.ema_actor):
             actor.load_state_dict(bc_actor.state_dict())
     explore = partial(learner.actor.sample, epsilon=exploration(args, spec))  # Deviation D16
-    first = waiting(args)  # Deviation D25
+    first = waiting(args)  # Deviation D26
     for k in run.phase("policy", "Phases 2, 3: imagine, improve", args.updates):
         imagining = n_synthetic > 0 and k >= first
         if imagining and (k - first) % args.rollout_interval == 0:  # Phase 2, lines 8-22

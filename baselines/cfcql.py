@@ -12,8 +12,8 @@ pi_i is the soft-max of the values of i's counterfactual actions, and beta the d
 
 Departures: the critic is LOGO's sum of utilities, or a network of the joint action, instead of a
 QMIX mixer (with a sum, lambda_i = 1/N is MACQL with alpha / N: only the weights differ); targets
-are of one step, and a policy is trained by Eq. (12) of LOGO's paper, as MACQL's here, instead of
-taking the best action; beta is a network on o that is trained beside the critic. Continuous
+hold --n-step rewards, and a policy is trained by Eq. (12) of LOGO's paper, as MACQL's here, instead
+of taking the best action; beta is a network on o that is trained beside the critic. Continuous
 actions: the integral over a_i is taken with the draws of `macql.action_noise`, one agent's at a
 time, and lambda_i is 1/N, because KL has no exact value there.
 

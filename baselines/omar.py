@@ -13,13 +13,14 @@ better. Discrete actions: a* is the best available one, and Q_i(o^i, pi_i) an ex
 
 Departures, in all of which OMAR is like MACQL here: the policies are one network and start from the
 clone; they stand for target policies, and their moving average is evaluated; the target's value is
-kept in the range of the data's returns; target critics follow by 0.05 per update, step sizes fall
-to zero, gradients are not clipped; the continuous log-sum-exp weighs a draw with the density of the
-mixture that it is from (the public code subtracts a density where its logarithm belongs); imagined
-rows count in the Bellman error alone. Besides, |pi - a*|^2 is a sum over A, as in the paper; the
-code takes the mean, and adds 1e-3 pi^2. The code for discrete actions is of CFCQL's authors: its
-critics also see the state and share weights, targets are of TD(0.6), the log-sum-exp and a* know no
-unavailable actions, and the actor follows the advantage of the data's actions, not Q_i(o^i, pi_i).
+kept in the range of the data's returns; it holds --n-step rewards; target critics follow by 0.05
+per update, step sizes fall to zero, gradients are not clipped; the continuous log-sum-exp weighs a
+draw with the density of the mixture that it is from (the public code subtracts a density where its
+logarithm belongs); imagined rows count in the Bellman error alone. Besides, |pi - a*|^2 is a sum
+over A, as in the paper; the code takes the mean, and adds 1e-3 pi^2. The code for discrete actions
+is of CFCQL's authors: its critics also see the state and share weights, targets are of TD(0.6), the
+log-sum-exp and a* know no unavailable actions, and the actor follows the advantage of the data's
+actions, not Q_i(o^i, pi_i).
 
 Source: https://github.com/ling-pan/OMAR at 0e52ad6: algorithms/maddpg.py (continuous actions);
 https://github.com/thu-rllab/CFCQL at 3441019: discrete/src/learners/omar_learner.py.

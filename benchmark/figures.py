@@ -117,6 +117,8 @@ def draw_panel(ax, runs: dict[tuple[str, str], Runs]) -> None:
             if some := runs.get((quality, method)):
                 value = "clone_return" if name == "clone" else "return_mean"
                 scores = [getattr(row, value) for row in some.values()]
+                if not (scores := [x for x in scores if x is not None]):
+                    continue
                 mean, half = mean_and_interval(scores)
                 shift = 0.6 * (k / (len(columns) - 1) - 0.5)
                 points.append((x + shift, mean, half if len(scores) > 1 else 0.0))

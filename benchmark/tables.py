@@ -38,7 +38,15 @@ from experiment.report import over_seeds
 TEXTS = tuple(ROOT / name for name in ("README.md", "results/README.md", "docs/speed.md"))
 BOOTSTRAP_DRAWS = 10_000
 # Tasks on which defaults were chosen
-TUNED_ON = ("3s_vs_5z", "2s3z", "3s5z_vs_3s6z", "HalfCheetah-6x1", "Hopper-3x1", "Ant-2x4")
+TUNED_ON = (
+    "3s_vs_5z",
+    "2s3z",
+    "5m_vs_6m",
+    "3s5z_vs_3s6z",
+    "HalfCheetah-6x1",
+    "Hopper-3x1",
+    "Ant-2x4",
+)
 NAMES = {  # a method that is not here: its key
     "logo": "LOGO",
     "macql": "MACQL",
@@ -90,8 +98,10 @@ def group(rows: Iterable[Result]) -> Groups:
 
 
 def over(runs: Runs, value: str, digits: int = 2) -> str:
-    """Mean ± interval over seeds of a column of `Result`; empty where a run has no value."""
-    return over_seeds([getattr(row, value) for row in runs.values()], digits)
+    """Mean ± interval of a column of `Result`, over the seeds that have one; else empty."""
+    found = [getattr(row, value) for row in runs.values()]
+    found = [x for x in found if x is not None]
+    return over_seeds(found, digits) if found else ""
 
 
 def win_rate(runs: Runs) -> str:
@@ -206,9 +216,10 @@ def differences(groups: Groups) -> str:
             mean = f"{np.mean(by_seed):+.2f}"
             bounds = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else ""
             each = ", ".join(f"{x:+.2f}" for x in by_seed)
-            clone = np.mean([row.clone_return for row in runs.values()])
-            above = f"{np.mean([row.return_mean for row in runs.values()]) - clone:+.2f}"
-            lines.append([*cell, code(variant), len(by_seed), mean, bounds, each, above])
+            known = [row for row in runs.values() if row.clone_return is not None]
+            above = [row.return_mean - row.clone_return for row in known]
+            gain = f"{np.mean(above):+.2f}" if above else ""
+            lines.append([*cell, code(variant), len(by_seed), mean, bounds, each, gain])
     return table(
         ["task", "simulator", "data", "flags", "seeds", "LOGO - MACQL", "95 % interval",
          "by seed", "LOGO - cloning"],

@@ -107,7 +107,9 @@ def naive_critic_loss(case) -> tuple[float, float, float]:
                 ]
             targets.append(min(of_next))
             v = min(max(min(of_next), BOUNDS[0]), BOUNDS[1])
-            y = batch.reward[b].item() + (0.0 if batch.terminated[b] else GAMMA * v)
+            y = batch.reward[b].item() + (
+                0.0 if batch.terminated[b] else GAMMA ** int(batch.steps[b]) * v
+            )
             for k in (0, 1):
                 action = None if case.critic.discrete else array(batch.actions[b, i])
                 q = naive_values(case, case.critic, batch.obs, b, i, k, action)

@@ -40,6 +40,7 @@ def make_batch(discrete: bool) -> Batch:
         next_obs=torch.randn(B, N, O), next_state=torch.randn(B, S),
         next_avail=avail[1] if discrete else None,
         terminated=torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0]).to(torques),
+        steps=torch.tensor([1.0, 1.0, 5.0, 2.0, 3.0]).to(torques),
     )  # fmt: skip
 
 
@@ -109,7 +110,8 @@ def test_q_loss_is_the_published_one(discrete, float64):
         q = bias + sum(w[i] * q_of(values, batch.obs, batch.actions, b, i) for i in range(N))
         w, bias = mixer_of(target, batch.next_state, b)
         v_next = bias + sum(w[i] * v_of(target, batch.next_obs, b, i) for i in range(N))
-        y = batch.reward[b].item() + GAMMA * (1 - batch.terminated[b].item()) * v_next
+        discount = GAMMA ** int(batch.steps[b]) * (1 - batch.terminated[b].item())
+        y = batch.reward[b].item() + discount * v_next
         expected += (q - y) ** 2 / B
     loss, parts = omiga.q_loss(values, target, batch, GAMMA)
     assert loss.item() == pytest.approx(expected, rel=1e-10)

@@ -21,7 +21,7 @@ def made(request):
     """(args, learner, batch): `planning.Planning` with its world model, six recorded rows."""
     torch.manual_seed(0)
     data, spec = make_data(request.param)
-    args = planning.Args(hidden=8, conservative="expectation", critic_first=0.0,
+    args = planning.Args(hidden=8, updates=8, conservative="expectation", critic_first=0.0,
                          planning_horizon=3, candidates=3,
                          rollout_batch_size=5)  # fmt: skip
     build = planning.builders()

@@ -39,7 +39,8 @@ def final_of(args, mean: float) -> dict:
     """The parts of final.json that a row is made of."""
     score = {"return_mean": mean, "return_ci95": 0.1, "win_rate": 0.5, "episodes": 10}
     return {
-        "args": plain(args), "env_id": args.env_id, "backend": "smax", "seed": args.seed,
+        "args": plain(args), "updates": 20, "env_id": args.env_id, "backend": "smax",
+        "seed": args.seed,
         "eval": score, "clone": score, "dataset": {"return_mean": 3.0}, "world_model": None,
         "time": {"total_s": 1.0}, "commit": "abc", "device": "cpu", "versions": {"torch": "2"},
     }  # fmt: skip
@@ -182,7 +183,7 @@ def test_a_row_holds_what_final_json_says():
     final = final_of(args, 5.0) | {"eval": None, "clone": None, "backend": "offline"}
     made = result(final, "logo", "", "medium", "here", "python train.py")
     assert made.return_mean is None and made.episodes == 0 and made.state_mse is None
-    assert (made.seed, made.data_return, made.updates, made.versions) == (4, 3.0, 8000, "torch 2")
+    assert (made.seed, made.data_return, made.updates, made.versions) == (4, 3.0, 20, "torch 2")
 
 
 # ---------------------------------------------------------------------------------------- tables

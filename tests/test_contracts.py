@@ -87,7 +87,9 @@ def test_stand_ins_train_end_to_end(parts, dataset, tmp_path, undrawn):
 @pytest.mark.parametrize("imagined_rows", ["added", "instead", "printed"])
 def test_a_flag_says_where_imagined_rows_count(imagined_rows):
     data, spec = make_data(True)
-    learner = train.make_learner(train.Args(hidden=8, updates=8, imagined_rows=imagined_rows), spec, data)
+    learner = train.make_learner(
+        train.Args(hidden=8, updates=8, imagined_rows=imagined_rows), spec, data
+    )
     expected = "printed" if imagined_rows == "printed" else "bellman"
     for loss in (learner.critic_loss, learner.policy_loss):
         assert loss.keywords["imagined_in"] == expected
@@ -101,7 +103,8 @@ def test_targets_lie_within_the_returns_of_the_data():
         later += [math.fsum(rewards[t:]) for t in range(length)]
         row += length + 1
     learners = [
-        train.make_learner(train.Args(hidden=8, updates=8, clamp=x), spec, data) for x in (True, False)
+        train.make_learner(train.Args(hidden=8, updates=8, clamp=x), spec, data)
+        for x in (True, False)
     ]
     found = [learner.critic_loss.keywords["bounds"] for learner in learners]
     assert found[0] == pytest.approx((min(later), max(later)), abs=1e-4)

@@ -91,13 +91,13 @@ def end(data, tmp_path, monkeypatch):
         world_model, env="simulator", evaluations=7, method="logo", metadata=None, critic=critic,
         horizon=3,
     ):  # fmt: skip
-        args = Args(out=tmp_path, horizon=horizon)
+        args = Args(out=tmp_path, horizon=horizon, updates=20)
         data_set = {
             "path": "data.h5", "sha256": "0" * 64, "episodes": 8, "transitions": 48,
             "return_mean": 1.0, "return_std": 2.0,
         }  # fmt: skip
         run = SimpleNamespace(
-            args=args, method=method, folder=tmp_path, device=torch.device("cpu"),
+            args=args, asked=args, method=method, folder=tmp_path, device=torch.device("cpu"),
             imagined_rows=60, started=0.0, timed=lambda clock: contextlib.nullcontext(),
             spec=SimpleNamespace(backend="smax" if env else "offline", discrete=True),
             metadata=data_set | (metadata or {}), progress={"clone": 4, "wm": 10, "policy": 20},
@@ -130,6 +130,7 @@ def test_final_json_has_every_promised_field(end, data, tmp_path, capsys):
     assert set(final) == {
         "args", "method", "commit", "versions", "device", "backend", "env_id", "dataset",
         "world_model", "rollout", "eval", "clone", "offline", "evaluations", "time", "seed",
+        "updates",
     }  # fmt: skip
     parts = {
         "versions": {"torch", "numpy", "jaxmarl", "jax", "mujoco", "python"},

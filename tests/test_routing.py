@@ -53,6 +53,7 @@ def make_batch(discrete: bool = True) -> Batch:
         next_state=torch.randn(B, S, generator=g),
         next_avail=avail if discrete else None,
         terminated=(torch.arange(B) % 3 == 0).float(),
+        steps=torch.ones(B),
     )
 
 

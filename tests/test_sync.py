@@ -72,7 +72,7 @@ def test_training_reads_no_value(setting, discrete, one_hot_as_on_a_gpu):
         loss, metrics = world_model.loss(data.sample(8, rng))
         rollout = world_model.imagine(learner.actor.sample, data.sample(8, rng), 3, rng)
         model_data.add(rollout)
-        batch, is_real = mix(data.sample(4, rng), model_data.sample(4, rng))
+        batch, is_real = mix(data.sample(4, rng, 2, 0.9), model_data.sample(4, rng, 2, 0.9))
         metrics |= learner.update(batch, is_real, rng)
     assert reads.seen == []
     assert all(x.isfinite().all() for x in (*metrics.values(), *rollout.values()))
