@@ -217,6 +217,7 @@ def exploration(args: Args, spec: envs.Spec) -> float:
 
 def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
     """The policies pi_i and the critic Q, with their optimisers."""
+    args = setup.settle(args, data)
     x, sizes = data.statistics(), (spec.action_dim, args.hidden, spec.discrete)
     obs, state = (x["obs_mean"], x["obs_std"]), (x["state_mean"], x["state_std"])
     actor = Actor(*obs, *sizes, args.shared_actor).to(data.obs.device)  # Deviation D14

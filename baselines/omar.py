@@ -53,13 +53,12 @@ ROUNDS, CANDIDATES, ELITES, SIGMA = 2, 20, 5, 2.0
 class Args(train.Args):
     """OMAR: every agent searches for the best action under its own conservative critic."""
 
-    NO_EFFECT: ClassVar = ("critic", "conservative", "backup", "imagined_rows", "critic_first",
-                           "bc_lambda")  # fmt: skip
+    NO_EFFECT: ClassVar = ("critic", "conservative", "backup", "imagined_rows", "bc_lambda")
 
     synthetic_fraction: float = 0.0
     """share of imagined rows; more than 0 puts OMAR on LOGO's world model [ours]"""
     critic_first: float = 0.0
-    """OMAR has no such share: its policies move from the first update on"""
+    """share of the updates before the first rollout and evaluation; no policy waits [ours]"""
     cql_alpha: float | None = None
     """alpha: weight of the conservative term; default 5, for robots 1 [code: 5 on StarCraft, 1 on
     a robot's random and medium data, 5 on its other data]"""

@@ -50,12 +50,12 @@ class Args(train.Args):
     """OMIGA: every agent clones its good actions more than its bad ones."""
 
     NO_EFFECT: ClassVar = ("critic", "critics", "cql_alpha", "conservative", "backup",
-                           "imagined_rows", "critic_first", "bc_lambda")  # fmt: skip
+                           "imagined_rows", "bc_lambda")  # fmt: skip
 
     synthetic_fraction: float = 0.0
     """share of imagined rows; more than 0 puts OMIGA on LOGO's world model [ours]"""
     critic_first: float = 0.0
-    """OMIGA has no such share: its policies move from the first update on"""
+    """share of the updates before the first rollout and evaluation; no policy waits [ours]"""
     lr: float = 5e-4
     """Adam's step size for every network [the code]"""
     tau: float = 0.05

@@ -176,7 +176,7 @@ def settle(args, data: OfflineDataset):
     A pass over D is as many updates as it has batches of training transitions.
     """
     updates = args.updates or min(MOST_UPDATES, PASSES * len(data.train) // args.batch_size or 1)
-    every = args.eval_every or -(-updates // EVALUATIONS)
+    every = args.eval_every or math.ceil(updates / EVALUATIONS)
     return dataclasses.replace(args, updates=updates, eval_every=every)
 
 

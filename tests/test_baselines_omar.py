@@ -251,7 +251,7 @@ def test_an_update_reads_nothing_and_repeats(discrete, flags, monkeypatch):
 
     torch.manual_seed(0)
     data, spec = make_data(discrete)
-    args, g = omar.Args(hidden=8, **flags), torch.Generator().manual_seed(0)
+    args, g = omar.Args(hidden=8, updates=8, **flags), torch.Generator().manual_seed(0)
     first, second = (omar.make_learner(args, spec, data) for _ in range(2))
     batch, is_real = data.sample(16, g), (torch.arange(16) < 12).float()
     monkeypatch.setattr(F, "one_hot", one_hot)
@@ -301,7 +301,7 @@ def test_a_run_ends_with_finite_metrics(dataset, tmp_path):
 @pytest.mark.parametrize("flag", omar.Args.NO_EFFECT)
 def test_a_flag_without_effect_is_refused(flag):
     other = {"critic": "none", "conservative": "expectation", "backup": "max",
-             "imagined_rows": "printed", "critic_first": "0", "bc_lambda": "0.5"}  # fmt: skip
+             "imagined_rows": "printed", "bc_lambda": "0.5"}  # fmt: skip
     with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} has no effect on omar"):
         go(f"--{flag.replace('_', '-')}", other[flag])
 

@@ -55,7 +55,7 @@ def make_networks(discrete: bool) -> tuple[Actor, omiga.Values, omiga.Values]:
 def make_learner(discrete: bool, **flags) -> tuple[omiga.OMIGA, Batch]:
     torch.manual_seed(0)
     data, spec = make_data(discrete)
-    learner = omiga.make_learner(omiga.Args(hidden=8, **flags), spec, data)
+    learner = omiga.make_learner(omiga.Args(hidden=8, updates=8, **flags), spec, data)
     return learner, data.sample(16, torch.Generator().manual_seed(0))
 
 
