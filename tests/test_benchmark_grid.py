@@ -226,7 +226,7 @@ def test_a_cell_without_a_common_seed_is_not_in_the_aggregate():
 
 
 def test_the_aggregate_is_over_cells_in_shares_of_macqls_return():
-    maps = {"3s_vs_5z": ([11.0, 12.0], [10.0, 10.0]), "5m_vs_6m": ([8.0, 7.0], [8.0, 8.0])}
+    maps = {"3s_vs_5z": ([11.0, 12.0], [10.0, 10.0]), "6h_vs_8z": ([8.0, 7.0], [8.0, 8.0])}
     rows = [
         row(method, seed, mean, env_id=env_id)
         for env_id, (logo, macql) in maps.items()

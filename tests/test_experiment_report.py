@@ -29,6 +29,7 @@ class Args:
     seed: int = 2
     horizon: int = 3
     gamma: float = 0.9
+    updates: int = 20
     out: Path | None = None
 
 
@@ -91,7 +92,7 @@ def end(data, tmp_path, monkeypatch):
         world_model, env="simulator", evaluations=7, method="logo", metadata=None, critic=critic,
         horizon=3,
     ):  # fmt: skip
-        args = Args(out=tmp_path, horizon=horizon, updates=20)
+        args = Args(out=tmp_path, horizon=horizon)
         data_set = {
             "path": "data.h5", "sha256": "0" * 64, "episodes": 8, "transitions": 48,
             "return_mean": 1.0, "return_std": 2.0,
