@@ -205,11 +205,6 @@ def decay_updates(args: Args, updates: int) -> int:
     return 0 if args.paper else updates  # Deviation D12
 
 
-def waiting(args: Args) -> int:
-    """Updates in which the critic learns alone, from real rows."""
-    return round(args.critic_first * args.updates)
-
-
 def exploration(args: Args, spec: envs.Spec) -> float:
     """Each agent's chance of a random action, or the noise's standard deviation."""
     return min(1.0, args.epsilon / spec.num_agents) if spec.discrete else args.epsilon
@@ -234,7 +229,7 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         args.gamma, args.cql_alpha, args.conservative, args.backup,
         "printed" if args.imagined_rows == "printed" else "bellman", bounds,  # Deviation D8
         args.bc_lambda, normalise_q=not (spec.discrete or args.paper),  # Deviation D21
-        critic_first=waiting(args),  # Deviation D26
+        critic_first=setup.waiting(args),  # Deviation D26
     )  # fmt: skip
 
 
@@ -326,7 +321,7 @@ def main(
         for actor in (learner.actor, learner.ema_actor):
             actor.load_state_dict(bc_actor.state_dict())
     explore = partial(learner.actor.sample, epsilon=exploration(args, spec))  # Deviation D16
-    first = waiting(args)  # Deviation D26
+    first = setup.waiting(args)  # Deviation D26
     for k in run.phase("policy", "Phases 2, 3: imagine, improve", args.updates):
         imagining = n_synthetic > 0 and k >= first
         if imagining and (k - first) % args.rollout_interval == 0:  # Phase 2, lines 8-22

@@ -130,11 +130,16 @@ def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
         )
 
 
+def waiting(args) -> int:
+    """Updates in which the critic learns alone, from real rows (D26)."""
+    return round(args.critic_first * args.updates)
+
+
 def collections(args) -> int:
-    """Collections of rollouts in a run: D_m has room for all of them."""
-    updates = args.updates or 1  # not known yet before the data
-    imagining = updates - round(args.critic_first * updates)
-    return max(1, math.ceil(imagining / args.rollout_interval))
+    """Collections of rollouts in a run, of which D_m has room for all."""
+    if args.updates is None:  # before the data are known: one at least
+        return 1
+    return max(1, math.ceil((args.updates - waiting(args)) / args.rollout_interval))
 
 
 def choose_device(args) -> torch.device:
