@@ -132,10 +132,10 @@ def paired_difference(a: Runs, b: Runs) -> tuple[list[float], tuple[float, float
 
 
 def comparison(groups: Groups) -> str:
-    """One line per cell, all methods with their defaults side by side."""
+    """One line per cell, LOGO and MACQL with their defaults side by side."""
     cells: dict[Cell, dict[str, Runs]] = {}
     for (cell, variant, method), runs in groups.items():
-        if variant == "" and cell.backend != "offline":
+        if variant == "" and cell.backend != "offline" and method in METHODS:
             cells.setdefault(cell, {})[method] = runs
     methods = [m for m in METHODS if any(m in by_method for by_method in cells.values())]
     lines = []
@@ -150,40 +150,44 @@ def comparison(groups: Groups) -> str:
     return table([*header, "behaviour cloning", "data's return"], lines)
 
 
-def field(groups: Groups) -> str:
-    """One line per method in each cell that any baseline was run in: returns, LOGO's difference.
-
-    Runs with other flags than the defaults are compared among themselves.
-    """
-    together: dict[tuple[Cell, str], dict[str, Runs]] = {}
+def field_of(groups: Groups) -> dict[Cell, dict[str, Runs]]:
+    """By method, the runs with default flags in each cell that any baseline was run in."""
+    cells: dict[Cell, dict[str, Runs]] = {}
     for (cell, variant, method), runs in groups.items():
-        if cell.backend != "offline":
-            together.setdefault((cell, variant), {})[method] = runs
+        if variant == "" and cell.backend != "offline":
+            cells.setdefault(cell, {})[method] = runs
+    return {cell: runs for cell, runs in cells.items() if runs.keys() & set(BASELINES)}
+
+
+def field(groups: Groups) -> str:
+    """One line per method, one column per cell of `field_of`: returns, number of seeds."""
+    cells = field_of(groups)
     lines = []
-    for (cell, variant), runs in together.items():
-        if not runs.keys() & set(BASELINES):
-            continue
-        for method in (*METHODS, *BASELINES):
-            line = [*cell, code(variant), NAMES[method]]
-            if method not in runs:
-                lines += [] if variant else [[*line, 0, "not run", "", "", ""]]
-                continue
-            one = runs[method]
-            by_seed, interval = paired_difference(runs.get("logo", {}), one)
-            compared = method != "logo" and by_seed
-            gain = f"{np.mean(by_seed):+.2f} ({len(by_seed)})" if compared else ""
-            bounds = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if compared and interval else ""
-            returns = over(one, "return_mean"), win_rate(one)
-            lines.append([*line, len(one), *returns, gain, bounds])
-        most = max(runs.values(), key=len)
-        clone = over(most, "clone_return")
-        lines.append([*line[:4], "behaviour cloning", len(most), clone, "", "", ""])
-        lines.append([*line[:4], "the data", "", data_return(most), "", "", ""])
-    return table(
-        ["task", "simulator", "data", "flags", "method", "seeds", "return", "win rate",
-         "LOGO minus it (seeds)", "95 % interval"],
-        lines,
-    )  # fmt: skip
+    for method in (*METHODS, *BASELINES):
+        found = [by_method.get(method) for by_method in cells.values()]
+        scores = [f"{over(x, 'return_mean')} ({len(x)})" if x else "not run" for x in found]
+        lines.append([NAMES[method], *scores])
+    most = [max(by_method.values(), key=len) for by_method in cells.values()]
+    lines.append(["behaviour cloning", *(over(runs, "clone_return") for runs in most)])
+    lines.append(["the data", *map(data_return, most)])
+    return table(["method (seeds)", *map(" ".join, cells)], lines)
+
+
+def field_differences(groups: Groups) -> str:
+    """LOGO minus each other method in the cells of `field_of`, over the seeds that both have."""
+    cells = field_of(groups)
+    lines = []
+    for method in (*METHODS, *BASELINES):
+        line = [NAMES[method]]
+        for by_method in cells.values():
+            found = paired_difference(by_method.get("logo", {}), by_method.get(method, {}))
+            by_seed, interval = found
+            told = f"{np.mean(by_seed):+.2f}" if by_seed else ""
+            if interval:
+                told += f" ({interval[0]:+.2f} to {interval[1]:+.2f})"
+            line.append(told)
+        lines.append(line)
+    return table(["LOGO minus", *map(" ".join, cells)], lines[1:])  # not minus itself
 
 
 def scores(groups: Groups) -> str:
@@ -357,7 +361,8 @@ def errors_table(rows: list[Error]) -> str:
 def results_tables(rows: list[Result]) -> dict[str, str]:
     """All tables of results by the names that the texts' markers use."""
     groups = group(rows)
-    makers = (comparison, field, scores, differences, aggregate, uncertainty, world_model, origin)
+    makers = (comparison, field, field_differences, scores, differences, aggregate, uncertainty,
+              world_model, origin)  # fmt: skip
     made = {make.__name__.replace("_", "-"): make(groups) for make in makers}
     return made | {"iqm": iqm_table(groups, NAMES)}
 
