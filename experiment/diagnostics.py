@@ -118,6 +118,8 @@ def one_step_errors(model, data: OfflineDataset) -> dict[str, float]:
     Returns:
         obs_mse, state_mse, reward_mse: of the model's prediction.
         persistence_obs_mse, persistence_state_mse: of predicting that nothing changes.
+        vanished_recorded, vanished_imagined: share of the state's entries that were not 0 and are
+            so one step later, e.g. those of a unit that dies.
         u_error_spearman: rank correlation of the uncertainty with the true error of s', for models
             that have an uncertainty.
         direct_state_mse, direct_reward_mse: of the direct prediction by E_ps; LogoWM only.
@@ -135,6 +137,9 @@ def one_step_errors(model, data: OfflineDataset) -> dict[str, float]:
         "persistence_obs_mse": error("obs", batch.obs, batch.next_obs),
         "persistence_state_mse": error("state", batch.state, batch.next_state),
     }
+    imagined = model.imagine(replay([batch.actions]), batch, 1, generator_for(data))["state"][1]
+    for name, after in (("recorded", batch.next_state), ("imagined", imagined)):
+        measures[f"vanished_{name}"] = (after[batch.state != 0] == 0).float().mean().item()
     if isinstance(model, LogoWM):
         measures |= {
             "direct_state_mse": error("state", out["direct_state"], batch.next_state),

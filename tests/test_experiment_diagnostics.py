@@ -115,6 +115,15 @@ def test_data_statistics_agree_with_the_world_model(data):
         assert torch.equal(standardise(name, x), model.standardise(name, x)), name
 
 
+def vanished(data, imagined: dict) -> dict[str, float]:
+    """Of single entries that are not 0 in row i: how often the next one and imagined[i] are."""
+    places = [(i, k) for i in imagined for k in range(S) if data.state[i, k] != 0]
+    return {
+        "vanished_recorded": float(np.mean([data.state[i + 1, k] == 0 for i, k in places])),
+        "vanished_imagined": float(np.mean([imagined[i][k] == 0 for i, k in places])),
+    }
+
+
 def test_one_step_errors_of_any_world_model(data):
     model = Drift()
     found = diagnostics.one_step_errors(model, data)
@@ -131,6 +140,7 @@ def test_one_step_errors_of_any_world_model(data):
     u = [float(data.state[i].square().sum()) for i in moved]
     _, error = diagnostics.uncertainty_and_error(model, data)
     expected["u_error_spearman"] = scipy.stats.spearmanr(u, error.numpy()).statistic
+    expected |= vanished(data, {i: s for i, (_, s, _) in moved.items()})
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert found[name] == close(value), name
@@ -185,7 +195,8 @@ def test_one_step_errors_of_logo_are_not_clamped(data, clamp):
     low = data.state[data.train].amin(0)
     assert any((guess < low - 0.1).any() for guess, _ in pairs["state"])
     assert set(found) == set(expected) | {
-        "persistence_obs_mse", "persistence_state_mse", "deducibility_r2", "u_error_spearman",
+        "persistence_obs_mse", "persistence_state_mse", "vanished_recorded", "vanished_imagined",
+        "deducibility_r2", "u_error_spearman",
     }  # fmt: skip
 
 
@@ -252,6 +263,9 @@ def test_first_rollout_error_of_logo_is_its_one_step_error(data, zeros):
     assert (one["state_mse"] == close(state_mse)) == (not zeros)
     assert errors["persistence"] == [close(one["persistence_state_mse"])]
     assert errors["reward"] == [close(one["reward_mse"])]
+    counts = vanished(data, dict(zip(held_out(data), decided, strict=True)))
+    assert counts["vanished_recorded"] > 0 and (counts["vanished_imagined"] > 0) == zeros
+    assert {k: one[k] for k in counts} == {k: close(v) for k, v in counts.items()}
 
 
 def test_rollout_sanity_compares_the_same_starts(data):
