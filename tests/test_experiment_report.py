@@ -138,7 +138,8 @@ def test_final_json_has_every_promised_field(end, data, tmp_path, capsys):
         "dataset": {"path", "sha256", "episodes", "transitions", "return_mean", "return_std"},
         "world_model": {
             "obs_mse", "state_mse", "reward_mse", "direct_state_mse", "direct_reward_mse",
-            "persistence_obs_mse", "persistence_state_mse", "deducibility_r2", "u_error_spearman",
+            "persistence_obs_mse", "persistence_state_mse", "vanished_recorded",
+            "vanished_imagined", "deducibility_r2", "u_error_spearman",
             "rollout",
         },
         "rollout": {

@@ -100,7 +100,8 @@ def test_a_run_leaves_complete_results(finished):
         "dataset": {"path", "sha256", "episodes", "transitions", "return_mean", "return_std"},
         "world_model": {
             "obs_mse", "state_mse", "reward_mse", "direct_state_mse", "direct_reward_mse",
-            "persistence_state_mse", "deducibility_r2", "u_error_spearman",
+            "persistence_state_mse", "vanished_recorded", "vanished_imagined", "deducibility_r2",
+            "u_error_spearman",
         },
         "eval": {"return_mean", "return_ci95", "win_rate", "episodes"},
         "offline": {"td_held_out", "td_train"},
