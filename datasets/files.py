@@ -170,7 +170,8 @@ def remove_parts(folder: Path, name: str) -> None:
     """Remove what killed processes have left unfinished of the file `name` (or a pattern) here."""
     for part in folder.glob(f".{name}.*.part"):
         with contextlib.suppress(FileNotFoundError), part.open("rb") as f:
-            if lock(f.fileno()):  # nobody is writing it
+            # Nobody is writing it, and it was not finished and begun anew since it was opened
+            if lock(f.fileno()) and is_at(f.fileno(), part):
                 part.unlink()
 
 

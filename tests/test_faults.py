@@ -26,6 +26,7 @@ import envs
 import train
 from behaviour import record, weights
 from behaviour.policy import Policy
+from datasets import files
 from datasets.files import Target
 from datasets.load import task_in_name
 from experiment.folder import read_checkpoint, same_kind, take
@@ -430,6 +431,20 @@ def test_writers_of_one_file_do_not_hinder_each_other(tmp_path):
     both = [subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(2)]
     assert [p.communicate()[1] for p in both] == [b"", b""]
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_part_that_is_begun_anew_is_not_taken_for_a_dead_ones(tmp_path, monkeypatch):
+    part = tmp_path / ".x.1.part"
+    part.write_bytes(b"finished")
+
+    def lock(_):  # in the meantime its writer finishes, and begins the next one
+        part.rename(tmp_path / "x")
+        part.write_bytes(b"next")
+        return True
+
+    monkeypatch.setattr(files, "lock", lock)
+    files.remove_parts(tmp_path, "x")
+    assert part.read_bytes() == b"next"
 
 
 @pytest.mark.parametrize("kind", ["SGD", "RMSprop", "Adam", "AdamW"])
