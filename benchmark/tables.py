@@ -131,37 +131,42 @@ def paired_difference(a: Runs, b: Runs) -> tuple[list[float], tuple[float, float
     return differences, (float(low), float(high))
 
 
-def comparison(groups: Groups) -> str:
-    """One line per cell, LOGO and MACQL with their defaults side by side."""
-    cells: dict[Cell, dict[str, Runs]] = {}
-    for (cell, variant, method), runs in groups.items():
-        if variant == "" and cell.backend != "offline" and method in METHODS:
-            cells.setdefault(cell, {})[method] = runs
-    methods = [m for m in METHODS if any(m in by_method for by_method in cells.values())]
-    lines = []
-    for cell, by_method in cells.items():
-        most = max(by_method.values(), key=len)
-        scores = [over(by_method[m], "return_mean") if m in by_method else "" for m in methods]
-        wins = [win_rate(by_method[m]) if m in by_method else "" for m in methods]
-        both = [f"{s} ({w})" if w else s for s, w in zip(scores, wins, strict=True)]
-        counts = "-".join(map(str, sorted({len(runs) for runs in by_method.values()})))
-        lines.append([*cell, counts, *both, over(most, "clone_return"), data_return(most)])
-    header = ["task", "simulator", "data", "seeds", *(NAMES.get(m, m) for m in methods)]
-    return table([*header, "behaviour cloning", "data's return"], lines)
-
-
-def field_of(groups: Groups) -> dict[Cell, dict[str, Runs]]:
-    """By method, the runs with default flags in each cell that any baseline was run in."""
+def by_cell(groups: Groups) -> dict[Cell, dict[str, Runs]]:
+    """The runs with default flags of every cell that was evaluated, by method."""
     cells: dict[Cell, dict[str, Runs]] = {}
     for (cell, variant, method), runs in groups.items():
         if variant == "" and cell.backend != "offline":
             cells.setdefault(cell, {})[method] = runs
-    return {cell: runs for cell, runs in cells.items() if runs.keys() & set(BASELINES)}
+    return cells
+
+
+def comparison(groups: Groups) -> str:
+    """One line per cell, LOGO and MACQL with their defaults side by side."""
+    lines = []
+    for cell, by_method in by_cell(groups).items():
+        known = {m: by_method[m] for m in METHODS if m in by_method}
+        if not known:
+            continue
+        most = max(known.values(), key=len)
+        both = []
+        for method in METHODS:
+            score = over(known[method], "return_mean") if method in known else ""
+            wins = win_rate(known[method]) if method in known else ""
+            both.append(f"{score} ({wins})" if wins else score)
+        counts = "-".join(map(str, sorted({len(runs) for runs in known.values()})))
+        lines.append([*cell, counts, *both, over(most, "clone_return"), data_return(most)])
+    header = ["task", "simulator", "data", "seeds", *(NAMES[m] for m in METHODS)]
+    return table([*header, "behaviour cloning", "data's return"], lines)
+
+
+def cells_of_baselines(groups: Groups) -> dict[Cell, dict[str, Runs]]:
+    """`by_cell` of the cells in which any baseline was run."""
+    return {cell: x for cell, x in by_cell(groups).items() if x.keys() & set(BASELINES)}
 
 
 def field(groups: Groups) -> str:
-    """One line per method, one column per cell of `field_of`: returns, number of seeds."""
-    cells = field_of(groups)
+    """One line per method, one column per cell that any baseline was run in: returns, seeds."""
+    cells = cells_of_baselines(groups)
     lines = []
     for method in (*METHODS, *BASELINES):
         found = [by_method.get(method) for by_method in cells.values()]
@@ -174,20 +179,17 @@ def field(groups: Groups) -> str:
 
 
 def field_differences(groups: Groups) -> str:
-    """LOGO minus each other method in the cells of `field_of`, over the seeds that both have."""
-    cells = field_of(groups)
-    lines = []
-    for method in (*METHODS, *BASELINES):
-        line = [NAMES[method]]
-        for by_method in cells.values():
-            found = paired_difference(by_method.get("logo", {}), by_method.get(method, {}))
-            by_seed, interval = found
-            told = f"{np.mean(by_seed):+.2f}" if by_seed else ""
-            if interval:
-                told += f" ({interval[0]:+.2f} to {interval[1]:+.2f})"
-            line.append(told)
-        lines.append(line)
-    return table(["LOGO minus", *map(" ".join, cells)], lines[1:])  # not minus itself
+    """LOGO minus each other method in the cells of `field`, over the seeds that both have."""
+
+    def difference(by_method: dict[str, Runs], other: str) -> str:
+        by_seed, interval = paired_difference(by_method.get("logo", {}), by_method.get(other, {}))
+        mean = f"{np.mean(by_seed):+.2f}" if by_seed else ""
+        return f"{mean} ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else mean
+
+    cells = cells_of_baselines(groups)
+    others = [method for method in (*METHODS, *BASELINES) if method != "logo"]
+    lines = [[NAMES[m], *(difference(x, m) for x in cells.values())] for m in others]
+    return table(["LOGO minus", *map(" ".join, cells)], lines)
 
 
 def scores(groups: Groups) -> str:
