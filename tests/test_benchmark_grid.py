@@ -279,7 +279,7 @@ def test_the_iqm_is_of_default_runs_and_says_how_many():
     assert all(x[1:5] == ["0 of 3", "0", "", "not run"] for x in others)
 
 
-def test_the_field_is_of_cells_with_baselines_and_pairs_equal_seeds():
+def test_the_field_pairs_equal_seeds():
     rows = [
         row(seed=1, mean=5.0), row(seed=2, mean=8.0), row("macql", 2, 7.0),
         row("omar", 2, 4.0), row("omar", 3, 90.0), row("cfcql", 3, 6.0),
