@@ -27,7 +27,9 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
   D3  Two heads beyond the paper predict available actions and the end of the episode.
   D4  Imagined observations, states and rewards are clamped to the range of the data.
   D11 Entries that are exactly 0 in a part of the data (units out of sight, or dead) have a
-      probability of being 0. A mean would be something that never occurs: a unit half in sight.
+      probability of being 0, and rollouts draw which of s' become it. A mean would be something
+      that never occurs, a unit half dead; and were the likelier taken, too few would die, since
+      most deaths are less likely than not.
   D22 In a rollout agents observe E_d's o', which fits the deduced state; the paper: o_hat.
 Readings, where the paper leaves a choice: Eq. (4) feeds E_p with (o_t, a_t, s_t), as Eq. (2) does,
 though it prints o_{t+1}, which is what is to be predicted; the Gaussians have variance 1, and their
@@ -144,6 +146,7 @@ class LogoWM(nn.Module):
                 share = statistics[f"{name}_zero"] if statistics else torch.zeros(shape)
                 sometimes = (share > 1e-3) & (share < 1 - 1e-3)
                 self.register_buffer(f"{name}_sometimes_zero", sometimes)
+        self.draws_zeros = bool(zeros and statistics and self.state_sometimes_zero.any())
         can_end = (statistics or {}).get("terminated_max", torch.ones(()))
         self.register_buffer("can_end", can_end.clone())  # 0: no episode of the data terminates
 
@@ -176,10 +179,12 @@ class LogoWM(nn.Module):
         p = x.logit.sigmoid()
         return p * x.value + (1 - p) * self.standardise(name, torch.zeros_like(x.value))
 
-    def decide(self, name: str, x: Prediction) -> torch.Tensor:
-        """The likelier of 0 and the mean, in raw units; what imagined rows are made of."""
+    def decide(self, name: str, x: Prediction, draw: torch.Tensor | float = 0.5) -> torch.Tensor:
+        """What imagined rows are made of, in raw units: 0 where `draw` is below its probability,
+        else the mean of what is not 0. 0.5: the likelier of the two; uniform in [0,1): a sample.
+        """
         value = self.restore(name, x.value)
-        return value if x.logit is None else torch.where(x.logit > 0, value, 0.0)
+        return value if x.logit is None else torch.where((-x.logit).sigmoid() > draw, 0.0, value)
 
     def nll(self, name: str, truth: torch.Tensor, x: Prediction) -> torch.Tensor:
         """-log of the prediction's density at the raw `truth`, summed over the last dimension."""
@@ -263,9 +268,11 @@ class LogoWM(nn.Module):
 
         loss_ps = gaussian_nll(s_and_r, self.predict_directly(o, a, s)).mean()  # Eq. (6)
 
-        # Deviation D3. The heads read what a rollout consists of, and do not change it.
+        # Deviation D3. The heads read what a rollout consists of, had it drawn the zeros that came
+        # true, and do not change it.
         with torch.no_grad():
-            s_seen = self.standardise("state", self.decide("state", deduced[0]))
+            drawn = (batch.next_state != 0).to(s)  # Deviation D11: 0 makes it 0, 1 leaves it
+            s_seen = self.standardise("state", self.decide("state", deduced[0], drawn))
             shown = self.look(s_seen, deduced[1]) if self.observe == "deduced" else predicted
             o_seen = self.standardise("obs", self.decide("obs", shown))
         is_end, last_r = self.end_head(s_seen).unbind(-1)  # (B,) logit, standardised
@@ -283,9 +290,11 @@ class LogoWM(nn.Module):
     # ---------------------------------------------------------------------------------- using it
 
     @torch.no_grad()
-    def step(self, obs, state, actions) -> dict[str, torch.Tensor]:
+    def step(self, obs, state, actions, draw=0.5) -> dict[str, torch.Tensor]:
         """All predictions for one step from raw (o, s, a); raw units, not clamped.
 
+        Args:
+            draw: (B,1), or one for all rows: which entries of s' become 0, see `decide`.
         Returns:
             next_obs (B,N,O), next_state (B,S): see `decide`; mean_obs, mean_state: their expected
             values; reward (B,) expected, and what it is if the episode goes on or ends there:
@@ -298,7 +307,7 @@ class LogoWM(nn.Module):
         s_hat, r_hat = self.predict_directly(o, a, s).split([s.shape[-1], 1], -1)
         mean_state = self.mean("state", s_prime)
         u = (s_hat - mean_state).norm(dim=-1)  # Eq. (5)
-        next_state = self.decide("state", s_prime)
+        next_state = self.decide("state", s_prime, draw)
         s_seen = self.standardise("state", next_state)
         if self.observe == "deduced":  # Deviation D22
             predicted = self.look(s_seen, r_prime)
@@ -341,7 +350,7 @@ class LogoWM(nn.Module):
             policy: (obs (B,N,O), avail (B,N,A) or None, generator) -> actions (B,N,A).
             starts: a `buffer.Batch` of B real transitions, of which o, s and avail are used.
             horizon: H.
-            generator: of the policy's actions and of the moments at which rollouts end.
+            generator: of the policy's actions, of what becomes 0 (D11), and of when rollouts end.
         Returns:
             obs (H+1,B,N,O), state (H+1,B,S), avail (H+1,B,N,A) if discrete, actions (H,B,N,A), and
             reward, terminated, uncertainty, valid (H,B); valid is 1 up to and including the
@@ -355,7 +364,10 @@ class LogoWM(nn.Module):
         valid = torch.ones_like(state[:, 0])  # (B,)
         for _ in range(horizon):
             actions = policy(obs, avail, generator)
-            out = self.step(obs, state, actions)
+            draw = 0.5
+            if self.draws_zeros:  # Deviation D11: one number for all entries, as units die whole
+                draw = torch.rand((len(state), 1), generator=generator, device=state.device)
+            out = self.step(obs, state, actions, draw)
             obs, state, reward = out["next_obs"], out["next_state"], out["reward"]
             if self.clamp:  # Deviation D4
                 obs, state = self.clamp_to_data("obs", obs), self.clamp_to_data("state", state)

@@ -116,10 +116,11 @@ class Ensemble(nn.Module):
         return total, {"nll": nll.mean().detach(), "heads": heads.detach()}
 
     @torch.no_grad()
-    def step(self, obs, state, actions, generator: torch.Generator | None = None) -> dict:
+    def step(self, obs, state, actions, draw=0.5, generator: torch.Generator | None = None) -> dict:
         """One step from raw (o, s, a): entries of `JointRows.outcome`, and uncertainty (B,).
 
         Args:
+            draw: see `JointRows.outcome`.
             generator: draws the member of each row and a sample of its Gaussian; None: the mean of
                 all members, which is what errors are measured with.
         """
@@ -127,13 +128,13 @@ class Ensemble(nn.Module):
         std, values = torch.exp(0.5 * log_var), self.rows.num_values
         u = std.square().mean(-1).amax(0).sqrt() * self.rows.reward_std  # MOPO Sec. 4.3
         if generator is None:
-            return self.rows.outcome(out.mean(0), obs, state) | {"uncertainty": u}
+            return self.rows.outcome(out.mean(0), obs, state, draw) | {"uncertainty": u}
         row = torch.arange(len(obs), device=obs.device)
         member = torch.randint(len(out), row.shape, generator=generator, device=obs.device)
         sample = out[member, row]
         noise = torch.empty_like(sample[:, :values]).normal_(generator=generator)
         sample[:, :values] += std[member, row] * noise
-        return self.rows.outcome(sample, obs, state) | {"uncertainty": u}
+        return self.rows.outcome(sample, obs, state, draw) | {"uncertainty": u}
 
     def imagine(self, policy, starts, horizon: int, generator: torch.Generator) -> dict:
         """Rollouts from real starts, as `LogoWM.imagine` returns them."""

@@ -61,6 +61,7 @@ class JointRows(nn.Module):
                 share = statistics[f"{name}_zero"]
                 sometimes = (share > 1e-3) & (share < 1 - 1e-3)
                 self.register_buffer(f"{name}_sometimes_zero", sometimes)
+        self.draws_zeros = bool(zeros and self.state_sometimes_zero.any())
         self.register_buffer("can_end", statistics["terminated_max"])
 
     def inputs(self, obs, state, actions) -> torch.Tensor:
@@ -115,15 +116,17 @@ class JointRows(nn.Module):
         return ((error * shown).sum(-1) + (loss * sometimes).sum(-1)) / self.num_values
 
     def heads_loss(self, out, batch) -> torch.Tensor:
-        """Of available actions and ends (), from what a rollout would show after this step.
+        """Of available actions and ends (), from what a rollout would show after this step, had it
+        drawn the zeros that came true.
 
         Args:
             out (B,size): one prediction a row; no gradient reaches it.
         """
         with torch.no_grad():
             state, obs, _ = self.predictions(out, batch.obs, batch.state)
-            s = self.standardise("state", self.decide("state", state))
-            o = self.standardise("obs", self.decide("obs", obs))
+            drawn = [(x != 0).to(out) for x in (batch.next_state, batch.next_obs)]
+            s = self.standardise("state", self.decide("state", state, drawn[0]))
+            o = self.standardise("obs", self.decide("obs", obs, drawn[1]))
         is_end, last_r = self.end_head(s).unbind(-1)
         error = (self.standardise("reward", batch.reward) - last_r).square()
         loss = F.binary_cross_entropy_with_logits(is_end, batch.terminated)
@@ -133,14 +136,17 @@ class JointRows(nn.Module):
             loss = loss + F.binary_cross_entropy_with_logits(logits, batch.next_avail)
         return loss
 
-    def outcome(self, out, obs, state) -> dict[str, torch.Tensor]:
+    def outcome(self, out, obs, state, draw=0.5) -> dict[str, torch.Tensor]:
         """One step's end in raw units, with the names of `LogoWM.step`, but no uncertainty.
 
         Args:
             out (B,size): the network's output, or a sample of it. obs, state: before the step.
+            draw: (B,1), or one for all rows: which entries become 0, see `LogoWM.decide`.
         """
         s_next, o_next, r = self.predictions(out, obs, state)
-        next_state, next_obs = self.decide("state", s_next), self.decide("obs", o_next)
+        next_state = self.decide("state", s_next, draw)
+        of_agents = draw.unsqueeze(-1) if isinstance(draw, torch.Tensor) else draw  # (B,1,1)
+        next_obs = self.decide("obs", o_next, of_agents)
         next_avail = None
         if self.discrete:
             logits = self.avail_head(self.standardise("obs", next_obs))  # (B,N,A)
@@ -165,10 +171,11 @@ class JointRows(nn.Module):
         }
 
     def imagine(self, step: Callable, policy, starts, horizon, generator) -> dict:
-        """Rollouts as `LogoWM.imagine` makes them, with `step(obs, state, actions)` of a model."""
+        """As `LogoWM.imagine`, with a model's `step(obs, state, actions, draw)`."""
         model = SimpleNamespace(
-            step=step, heads=self.heads, clamp=self.clamp, clamp_to_data=self.clamp_to_data
-        )
+            step=step, heads=self.heads, clamp=self.clamp, clamp_to_data=self.clamp_to_data,
+            draws_zeros=self.draws_zeros,
+        )  # fmt: skip
         return LogoWM.imagine(model, policy, starts, horizon, generator)
 
 

@@ -212,21 +212,23 @@ class MAMBA(nn.Module):
         parts |= {"kl": kl, "heads": heads}
         return sum(parts.values()), {k: v.detach() for k, v in parts.items()}
 
-    def follow(self, h, z, actions, generator=None) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def follow(
+        self, h, z, actions, draw=0.5, generator=None
+    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """The next h and z, z from the prior, and what `step` returns."""
         h, before, rows = self.advance(h, z, actions), z, self.rows
         z = self.draw(self.prior(h), generator)
         out = joined(rows, *self.decode(h, z), self.reward_of(h, before))
         # What is decoded are not changes of the last o and s: they are changes from the mean, 0
         mean = rows.obs_mean.expand(len(h), -1, -1), rows.state_mean.expand(len(h), -1)
-        outcome = rows.outcome(out, *mean)
+        outcome = rows.outcome(out, *mean, draw)
         return h, z, outcome | {"uncertainty": torch.zeros_like(outcome["reward"])}
 
     @torch.no_grad()
-    def step(self, obs, state, actions) -> dict[str, torch.Tensor]:
+    def step(self, obs, state, actions, draw=0.5) -> dict[str, torch.Tensor]:
         """One expected step from raw (o, a) alone: `JointRows.outcome`, and uncertainty (B,) 0."""
         h = self.begin(len(obs))
-        return self.follow(h, self.observe(h, obs)[0], actions)[2]
+        return self.follow(h, self.observe(h, obs)[0], actions, draw)[2]
 
     @torch.no_grad()
     def imagine(self, policy, starts, horizon: int, generator: torch.Generator) -> dict:
@@ -234,9 +236,9 @@ class MAMBA(nn.Module):
         h = self.begin(len(starts.obs))
         z, _ = self.observe(h, starts.obs, generator)
 
-        def step(obs, state, actions) -> dict:  # (h, z) go on, not what was decoded from them
+        def step(obs, state, actions, draw) -> dict:  # (h, z) go on, not what was decoded from them
             nonlocal h, z
-            h, z, outcome = self.follow(h, z, actions, generator)
+            h, z, outcome = self.follow(h, z, actions, draw, generator)
             return outcome
 
         return self.rows.imagine(step, policy, starts, horizon, generator)

@@ -194,31 +194,31 @@ class MAZero(nn.Module):
         parts |= {"consistency": consistency.mean()}
         return total, {k: v.detach() for k, v in parts.items()}
 
-    def follow(self, first, h, obs, state, actions) -> tuple[torch.Tensor, dict]:
+    def follow(self, first, h, obs, state, actions, draw=0.5) -> tuple[torch.Tensor, dict]:
         """The next h, and what `step` returns; `first` is the latent state of raw obs and state."""
         h = self.advance(h, actions)
         out = joined(self.rows, *self.decode(first, h), self.reward_of(h, actions))
-        outcome = self.rows.outcome(out, obs, state)
+        outcome = self.rows.outcome(out, obs, state, draw)
         return h, outcome | {"uncertainty": torch.zeros_like(outcome["reward"])}
 
     @torch.no_grad()
-    def step(self, obs, state, actions) -> dict[str, torch.Tensor]:
+    def step(self, obs, state, actions, draw=0.5) -> dict[str, torch.Tensor]:
         """One step from raw (o, s, a): entries of `JointRows.outcome`; uncertainty (B,) is 0."""
         h = self.represent(obs)
-        return self.follow(h, h, obs, state, actions)[1]
+        return self.follow(h, h, obs, state, actions, draw)[1]
 
     @torch.no_grad()
     def imagine(self, policy, starts, horizon: int, generator: torch.Generator) -> dict:
         """Rollouts from real starts, as `LogoWM.imagine` returns them."""
         t, start, first, h = 0, None, None, None
 
-        def step(obs, state, actions) -> dict:
+        def step(obs, state, actions, draw) -> dict:
             nonlocal t, start, first, h
             if t % self.window == 0:  # in between h goes on, not what was decoded from it
                 start, first = (obs, state), self.represent(obs)
                 h = first
             t += 1
-            h, outcome = self.follow(first, h, *start, actions)
+            h, outcome = self.follow(first, h, *start, actions, draw)
             return outcome
 
         return self.rows.imagine(step, policy, starts, horizon, generator)

@@ -123,13 +123,14 @@ class MOReL(nn.Module):
 
     @torch.no_grad()
     def step(
-        self, obs, state, actions, generator: torch.Generator | None = None, member=None
+        self, obs, state, actions, draw=0.5, generator: torch.Generator | None = None, member=None
     ) -> dict:
         """One step from raw (o, s, a): entries of `JointRows.outcome`, and uncertainty (B,) = disc.
 
         terminated is 1 for unknown steps; their reward is the networks' all the same.
 
         Args:
+            draw: see `JointRows.outcome`.
             generator: draws the member of each row, where there is no `member`.
             member (B,): which one predicts; None, and no generator: the mean of all members, which
                 is what errors are measured with.
@@ -140,7 +141,7 @@ class MOReL(nn.Module):
             member = self.draw_members(len(obs), generator)
         row = torch.arange(len(obs), device=obs.device)
         one = out.mean(0) if member is None else out[member, row]
-        outcome = self.rows.outcome(one, obs, state) | {"uncertainty": disc}
+        outcome = self.rows.outcome(one, obs, state, draw) | {"uncertainty": disc}
         outcome["terminated"] = outcome["terminated"].masked_fill(disc > self.threshold, 1.0)
         return outcome
 

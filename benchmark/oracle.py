@@ -175,7 +175,10 @@ class Oracle(nn.Module):
         valid = torch.ones_like(state[:, 0])
         for _ in range(horizon):
             actions = policy(obs, avail, generator)
-            out = model.step(obs, state, actions) if theirs else {"uncertainty": 0 * valid}
+            out = {"uncertainty": 0 * valid}
+            if theirs:  # Deviation D11: zeros are drawn, as in LogoWM.imagine
+                draw = torch.rand((len(valid), 1), generator=generator, device=obs.device)
+                out = model.step(obs, state, actions, draw if model.draws_zeros else 0.5)
             now = self.simulator.step(actions.cpu().numpy())
             true = {k: torch.tensor(getattr(now, k), dtype=torch.float32, device=obs.device)
                     for k in ("obs", "state", "reward", "terminated", "truncated")}  # fmt: skip
