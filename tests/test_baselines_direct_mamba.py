@@ -61,7 +61,9 @@ class NaiveDirect:
         return (array(x) - mean) / std
 
     def entries(self, name, out, now, truth):
-        """Loss of all entries of a vector, and what a rollout shows of it; both of one row."""
+        """Loss of all entries of a vector, and what a rollout shows of it, had it drawn the zeros
+        that came true; both of one row.
+        """
         mean, std = (array(getattr(self.rows, f"{name}_{k}")) for k in ("mean", "std"))
         sometimes = array(getattr(self.rows, f"{name}_sometimes_zero"))
         size, total, shown = len(now.flat), 0.0, []
@@ -73,7 +75,7 @@ class NaiveDirect:
             if self.zeros and sometimes[k]:
                 nonzero = float(truth.flat[k] != 0)
                 total += cross_entropy(out[size + k], nonzero) + nonzero * error
-                value = value if out[size + k] > 0 else 0.0
+                value = value if nonzero else 0.0
             else:
                 total += error
             shown.append((value - mean[k]) / std[k])
@@ -245,8 +247,9 @@ def test_one_imagined_step_is_a_step(name, discrete, monkeypatch):
         draw = model.draw
         monkeypatch.setattr(model, "draw", lambda logits, generator: draw(logits, None))
     starts = data.sample(40, torch.Generator().manual_seed(0))
-    out = model.step(starts.obs, starts.state, starts.actions)
-    g = torch.Generator().manual_seed(0)
+    g, again = (torch.Generator().manual_seed(0) for _ in range(2))
+    zeros = torch.rand(40, 1, generator=again)
+    out = model.step(starts.obs, starts.state, starts.actions, zeros)
     rollout = model.imagine(lambda *_: starts.actions, starts, 1, g)
     for key in ("obs", "state"):
         clamped = model.rows.clamp_to_data(key, out[f"next_{key}"])

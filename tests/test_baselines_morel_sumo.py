@@ -16,11 +16,11 @@ from baselines.joint import JointRows
 from experiment.folder import read_checkpoint
 
 
-def make_morel(discrete=True, seed=0, heads=True, clamp=True, **options) -> tuple:
+def make_morel(discrete=True, seed=0, heads=True, clamp=True, zeros=True, **options) -> tuple:
     """(MOReL, data) on 60 random transitions of two agents; nothing is trained."""
     torch.manual_seed(seed)
     data, spec = make_data(discrete)
-    rows = JointRows(spec, data, 8, heads=heads, clamp=clamp)
+    rows = JointRows(spec, data, 8, zeros, heads, clamp)
     return morel.MOReL(rows, data, hidden=16, members=3, **options), data
 
 
@@ -132,7 +132,7 @@ def test_a_rollout_ends_with_the_first_unknown_step(heads, clamp):
 
 
 def test_one_member_makes_a_whole_rollout():
-    model, data = make_morel(discrete=False, clamp=False, coefficient=0.0)
+    model, data = make_morel(discrete=False, clamp=False, zeros=False, coefficient=0.0)
     rollout = model.imagine(policy, data.sample(40, generator()), 4, generator(1))
     makers = torch.ones(3, 40, dtype=torch.bool)
     for h in range(4):
@@ -169,7 +169,7 @@ def test_u_is_that_of_a_search_by_a_loop(discrete, neighbours, reference_rows, m
     model, data = make_sumo(discrete, **options)
     assert len(model.reference) == min(reference_rows, 50)
     statistics, batch = data.statistics(), data.sample(30, generator())
-    out = model.step(batch.obs, batch.state, batch.actions, generator(1))
+    out = model.step(batch.obs, batch.state, batch.actions, generator=generator(1))
 
     def point(s, a, s_next) -> list[float]:
         mean, std = (statistics[f"state_{k}"].double() for k in ("mean", "std"))
