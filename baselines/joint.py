@@ -145,8 +145,8 @@ class JointRows(nn.Module):
         """
         s_next, o_next, r = self.predictions(out, obs, state)
         next_state = self.decide("state", s_next, draw)
-        of_agents = draw.unsqueeze(-1) if isinstance(draw, torch.Tensor) else draw  # (B,1,1)
-        next_obs = self.decide("obs", o_next, of_agents)
+        draw = torch.as_tensor(draw, device=out.device).reshape(-1, 1, 1)
+        next_obs = self.decide("obs", o_next, draw)
         next_avail = None
         if self.discrete:
             logits = self.avail_head(self.standardise("obs", next_obs))  # (B,N,A)
