@@ -99,6 +99,7 @@ class LogoWM(nn.Module):
         heads: False = the paper: rollouts never end, every action is available.
         clamp: False = the paper: imagined values may leave the range of the data.
         zeros: False = the paper: Gaussians alone, also for entries that are exactly 0 at times.
+        draw_zeros: rollouts draw which entries of s' become 0; False: they take the likelier.
         observe: what the policy sees in a rollout: "deduced" or, as in the paper, "predicted".
     """
 
@@ -117,12 +118,14 @@ class LogoWM(nn.Module):
         heads: bool = True,
         clamp: bool = True,
         zeros: bool = True,
+        draw_zeros: bool = True,
         observe: str = "deduced",
     ):
         super().__init__()
         n, o, s, a, h = num_agents, obs_dim, state_dim, action_dim, hidden
         self.discrete, self.deduce_from = discrete, deduce_from
         self.heads, self.clamp, self.zeros, self.observe = heads, clamp, zeros, observe
+        self.draw_zeros = zeros and draw_zeros
         k = 2 if zeros else 1  # numbers per entry: a mean, and a logit
         self.enc_state = mlp(s, h)  # h_s, shared by the agents
         self.enc_obs = agent_mlp(n, o + a, h)  # h_o
@@ -146,7 +149,6 @@ class LogoWM(nn.Module):
                 share = statistics[f"{name}_zero"] if statistics else torch.zeros(shape)
                 sometimes = (share > 1e-3) & (share < 1 - 1e-3)
                 self.register_buffer(f"{name}_sometimes_zero", sometimes)
-        self.draws_zeros = bool(zeros and statistics and self.state_sometimes_zero.any())
         can_end = (statistics or {}).get("terminated_max", torch.ones(()))
         self.register_buffer("can_end", can_end.clone())  # 0: no episode of the data terminates
 
@@ -269,9 +271,9 @@ class LogoWM(nn.Module):
         loss_ps = gaussian_nll(s_and_r, self.predict_directly(o, a, s)).mean()  # Eq. (6)
 
         # Deviation D3. The heads read what a rollout consists of, had it drawn the zeros that came
-        # true, and do not change it.
+        # true (a draw of 0 makes an entry 0, one of 1 does not), and do not change it.
         with torch.no_grad():
-            drawn = (batch.next_state != 0).to(s)  # Deviation D11: 0 makes it 0, 1 leaves it
+            drawn = (batch.next_state != 0).to(s) if self.draw_zeros else 0.5  # Deviation D11
             s_seen = self.standardise("state", self.decide("state", deduced[0], drawn))
             shown = self.look(s_seen, deduced[1]) if self.observe == "deduced" else predicted
             o_seen = self.standardise("obs", self.decide("obs", shown))
@@ -365,7 +367,7 @@ class LogoWM(nn.Module):
         for _ in range(horizon):
             actions = policy(obs, avail, generator)
             draw = 0.5
-            if self.draws_zeros:  # Deviation D11: one number for all entries, as units die whole
+            if self.draw_zeros:  # Deviation D11: one number for all entries, as units die whole
                 draw = torch.rand((len(state), 1), generator=generator, device=state.device)
             out = self.step(obs, state, actions, draw)
             obs, state, reward = out["next_obs"], out["next_state"], out["reward"]

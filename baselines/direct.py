@@ -24,7 +24,7 @@ import torch.nn as nn
 
 import train
 from baselines import run
-from baselines.joint import JointRows, check
+from baselines.joint import JointRows, check, make_rows
 from logo_wm import agent_mlp, mlp
 
 
@@ -101,7 +101,7 @@ class DirectWM(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> DirectWM:
     """The model for this task's data, on the data's device."""
-    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
+    rows = make_rows(args, spec, data)
     return DirectWM(rows, args.hidden).to(data.obs.device)
 
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import train
 from baselines import run
-from baselines.joint import JointRows, check
+from baselines.joint import JointRows, check, make_rows
 
 
 @dataclass
@@ -144,7 +144,7 @@ class Ensemble(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> Ensemble:
     """The ensemble for this task's data, on the data's device."""
-    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
+    rows = make_rows(args, spec, data)
     return Ensemble(rows, args.wm_hidden, args.members).to(data.obs.device)
 
 

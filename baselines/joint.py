@@ -34,18 +34,21 @@ class JointRows(nn.Module):
     Args:
         spec: `envs.Spec` of the task. data: `OfflineDataset`, for its statistics.
         hidden: width of the heads is half of it.
-        zeros, heads, clamp: as in `LogoWM` (D11, D3, D4).
+        zeros, heads, clamp, draw_zeros: as in `LogoWM` (D11, D3, D4, D11).
     """
 
     standardise, restore = LogoWM.standardise, LogoWM.restore
     clamp_to_data, prediction = LogoWM.clamp_to_data, LogoWM.prediction
     mean, decide = LogoWM.mean, LogoWM.decide
 
-    def __init__(self, spec, data, hidden: int, zeros=True, heads=True, clamp=True):
+    def __init__(
+        self, spec, data, hidden: int, zeros=True, heads=True, clamp=True, draw_zeros=True
+    ):
         super().__init__()
         n, o, s, a = spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim
         self.sizes, self.discrete = (n, o, s, a), spec.discrete
         self.zeros, self.heads, self.clamp = zeros, heads, clamp
+        self.draw_zeros = zeros and draw_zeros
         self.num_inputs, self.num_values = s + n * o + n * a, s + n * o + 1
         self.size = self.num_values + zeros * (s + n * o)
         self.avail_head = agent_mlp(n, o, hidden // 2, a) if spec.discrete else None
@@ -61,7 +64,6 @@ class JointRows(nn.Module):
                 share = statistics[f"{name}_zero"]
                 sometimes = (share > 1e-3) & (share < 1 - 1e-3)
                 self.register_buffer(f"{name}_sometimes_zero", sometimes)
-        self.draws_zeros = bool(zeros and self.state_sometimes_zero.any())
         self.register_buffer("can_end", statistics["terminated_max"])
 
     def inputs(self, obs, state, actions) -> torch.Tensor:
@@ -124,7 +126,8 @@ class JointRows(nn.Module):
         """
         with torch.no_grad():
             state, obs, _ = self.predictions(out, batch.obs, batch.state)
-            drawn = [(x != 0).to(out) for x in (batch.next_state, batch.next_obs)]
+            truth = batch.next_state, batch.next_obs
+            drawn = [(x != 0).to(out) if self.draw_zeros else 0.5 for x in truth]
             s = self.standardise("state", self.decide("state", state, drawn[0]))
             o = self.standardise("obs", self.decide("obs", obs, drawn[1]))
         is_end, last_r = self.end_head(s).unbind(-1)
@@ -174,9 +177,15 @@ class JointRows(nn.Module):
         """As `LogoWM.imagine`, with a model's `step(obs, state, actions, draw)`."""
         model = SimpleNamespace(
             step=step, heads=self.heads, clamp=self.clamp, clamp_to_data=self.clamp_to_data,
-            draws_zeros=self.draws_zeros,
+            draw_zeros=self.draw_zeros,
         )  # fmt: skip
         return LogoWM.imagine(model, policy, starts, horizon, generator)
+
+
+def make_rows(args, spec, data) -> JointRows:
+    """`JointRows` with the flags of `train.Args`."""
+    flags = args.zeros, args.heads, args.clamp, args.draw_zeros
+    return JointRows(spec, data, args.hidden, *flags)
 
 
 # --------------------------------------------------------------------------------------------------

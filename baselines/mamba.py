@@ -38,7 +38,7 @@ import torch.nn as nn
 import train
 from baselines import run
 from baselines.direct import joined
-from baselines.joint import JointRows, check
+from baselines.joint import JointRows, check, make_rows
 from experiment.diagnostics import windows
 from logo_wm import LogoWM, mlp
 
@@ -246,7 +246,7 @@ class MAMBA(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> MAMBA:
     """The model for this task's data, on the data's device."""
-    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
+    rows = make_rows(args, spec, data)
     sizes = (args.wm_hidden, args.latents, args.classes, args.attention, args.window)
     return MAMBA(rows, data, *sizes, args.seed).to(data.obs.device)
 

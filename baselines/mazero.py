@@ -53,7 +53,7 @@ import torch.nn.functional as F
 import train
 from baselines import run
 from baselines.direct import joined
-from baselines.joint import JointRows, check
+from baselines.joint import JointRows, check, make_rows
 from baselines.mamba import MAMBA, window_starts
 from logo_wm import LogoWM, mlp
 
@@ -226,7 +226,7 @@ class MAZero(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> MAZero:
     """The model for this task's data, on the data's device."""
-    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
+    rows = make_rows(args, spec, data)
     sizes = (args.wm_hidden, args.attention, args.window, args.consistency)
     return MAZero(rows, data, *sizes, args.seed).to(data.obs.device)
 

@@ -39,7 +39,7 @@ import torch.nn as nn
 
 import train
 from baselines import run
-from baselines.joint import JointRows, check
+from baselines.joint import JointRows, check, make_rows
 from macql import stacked_mlp
 
 MEASURED, CHUNK = 20_000, 2_000  # rows of the data that the threshold is from, and at a time
@@ -172,7 +172,7 @@ class MOReL(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> MOReL:
     """The four networks for this task's data, on the data's device."""
-    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
+    rows = make_rows(args, spec, data)
     model = MOReL(rows, data, args.wm_hidden, args.members, args.coefficient, args.kappa)
     return model.to(data.obs.device)
 

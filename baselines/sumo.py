@@ -33,7 +33,7 @@ import torch.nn as nn
 import train
 from baselines import run
 from baselines.ensemble import Ensemble
-from baselines.joint import JointRows, check
+from baselines.joint import JointRows, check, make_rows
 
 CHUNK = 500  # imagined steps whose distances are computed at a time, (CHUNK,R) numbers
 
@@ -116,7 +116,7 @@ class SUMO(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> SUMO:
     """The ensemble and the reference rows of this task's data, on the data's device."""
-    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
+    rows = make_rows(args, spec, data)
     ensemble = Ensemble(rows, args.wm_hidden, args.members).to(data.obs.device)
     return SUMO(ensemble, data, args.reference_rows, args.neighbours)
 

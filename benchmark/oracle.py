@@ -178,7 +178,7 @@ class Oracle(nn.Module):
             out = {"uncertainty": 0 * valid}
             if theirs:  # Deviation D11: zeros are drawn, as in LogoWM.imagine
                 draw = torch.rand((len(valid), 1), generator=generator, device=obs.device)
-                out = model.step(obs, state, actions, draw if model.draws_zeros else 0.5)
+                out = model.step(obs, state, actions, draw if model.draw_zeros else 0.5)
             now = self.simulator.step(actions.cpu().numpy())
             true = {k: torch.tensor(getattr(now, k), dtype=torch.float32, device=obs.device)
                     for k in ("obs", "state", "reward", "terminated", "truncated")}  # fmt: skip

@@ -89,7 +89,7 @@ def make_model(args: dict, data: OfflineDataset, weights: dict) -> LogoWM:
         ValueError: the weights are of another model.
     """
     (n, o), s, a = data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1]
-    names = ("deduce_from", "heads", "clamp", "zeros", "observe")
+    names = ("deduce_from", "heads", "clamp", "zeros", "draw_zeros", "observe")
     flags = {k: args[k] for k in names}
     model = LogoWM(n, o, s, a, args["hidden"], data.avail is not None, data.statistics(), **flags)
     try:

@@ -500,6 +500,15 @@ def test_the_expected_reward_is_what_rollouts_receive_on_average(zeros):
     assert ((received - expected).abs() <= tolerance).all()
 
 
+def test_without_draws_a_rollout_takes_the_likelier():
+    model, batch, _ = build(clamp=False, draw_zeros=False)
+    step = model.step(batch.obs, batch.state, batch.actions)
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        out = model.imagine(lambda *_: batch.actions, batch, 1, g)
+        assert torch.equal(out["state"][1], step["next_state"])
+
+
 def test_what_becomes_0_in_a_rollout_is_drawn_with_one_number():
     model, batch, naive = build(clamp=False)
     many = Batch(*(x.repeat_interleave(4000, 0) for x in batch))
@@ -974,11 +983,13 @@ def test_estimated_log_sum_exp_equals_a_loop():
 # ------------------------------------------------------------------------------------- endings
 
 
+@pytest.mark.parametrize("draw_zeros", [True, False])
 @either_sight
-def test_the_heads_learn_from_what_step_shows_them(observe):
-    model, batch, _ = build(observe=observe)
+def test_the_heads_learn_from_what_step_shows_them(observe, draw_zeros):
+    model, batch, _ = build(observe=observe, draw_zeros=draw_zeros)
     came_true = (batch.next_state != 0).double()  # the zeros of the recording, as if drawn
-    out = model.step(batch.obs, batch.state, batch.actions, came_true)
+    draw = came_true if draw_zeros else 0.5
+    out = model.step(batch.obs, batch.state, batch.actions, draw)
     _, parts = model.loss(batch)
     r, last_r = (model.standardise("reward", x) for x in (batch.reward, out["last_reward"]))
     expected = F.binary_cross_entropy(out["terminated"], batch.terminated)

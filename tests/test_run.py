@@ -165,6 +165,7 @@ def test_checkpoints_are_due_by_their_cost(go, toy, monkeypatch):
 
 FLAGS = [
     "--deduce-from obs", "--deduce-from obs+state", "--no-heads", "--no-clamp", "--no-zeros",
+    "--no-draw-zeros",
     "--observe predicted", "--imagined-rows printed", "--n-step 1",
     "--uncertainty penalty", "--uncertainty shuffled", "--uncertainty none",
     "--no-shared-actor", "--critic-first 0",
