@@ -5,6 +5,7 @@ a line, except as shares of a return (`aggregate`, `iqm`). Means are over seeds,
 interval over seeds by Student's t.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -47,6 +48,7 @@ TUNED_ON = (
     "Hopper-3x1",
     "Ant-2x4",
 )
+IMAGINATION = {"--draw-zeros", "--no-draw-zeros", "--horizon", "--uncertainty", "--u-scale"}
 NAMES = {  # a method that is not here: its key
     "logo": "LOGO",
     "macql": "MACQL",
@@ -227,10 +229,14 @@ def scores(groups: Groups) -> str:
 
 
 def differences(groups: Groups) -> str:
-    """One line per cell and variant that both LOGO and MACQL have: the gain, seed by seed."""
+    """One line per cell and variant that both LOGO and MACQL have: the gain, seed by seed.
+
+    Flags of imagination alone do not concern MACQL, which then has none.
+    """
     lines = []
     for (cell, variant, method), runs in groups.items():
-        other = groups.get((cell, variant, "macql"))
+        theirs = "" if set(re.findall(r"--[a-z-]+", variant)) <= IMAGINATION else variant
+        other = groups.get((cell, theirs, "macql"))
         if method != "logo" or not other:
             continue
         by_seed, interval = paired_difference(runs, other)

@@ -217,6 +217,18 @@ def test_differences_are_paired_by_seed():
     assert tables.paired_difference(a, {1: b[1]}) == ([0.5], None)
 
 
+def test_flags_of_imagination_are_compared_with_plain_macql():
+    rows = [
+        row("macql", 1, 10.0), row("macql", 1, 7.0, variant="--n-step 1"),
+        row("logo", 1, 12.0, variant="--no-draw-zeros --horizon 5"),
+        row("logo", 1, 11.0, variant="--n-step 1"),
+        row("logo", 1, 19.0, variant="--horizon 5 --n-step 1"),  # with nothing
+    ]  # fmt: skip
+    _, _, *lines = tables.differences(tables.group(rows)).splitlines()
+    found = {x[4].strip(): x[6].strip() for x in (line.split("|") for line in lines)}
+    assert found == {"`--no-draw-zeros --horizon 5`": "+2.00", "`--n-step 1`": "+4.00"}
+
+
 def test_a_cell_without_a_common_seed_is_not_in_the_aggregate():
     rows = [row("logo", 1, 11.0), row("macql", 1, 10.0)]
     other = [row("logo", s, 3.0, env_id="2s3z") for s in (2, 3)]
