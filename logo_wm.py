@@ -27,9 +27,8 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
   D3  Two heads beyond the paper predict available actions and the end of the episode.
   D4  Imagined observations, states and rewards are clamped to the range of the data.
   D11 Entries that are exactly 0 in a part of the data (units out of sight, or dead) have a
-      probability of being 0, and rollouts draw which of s' become it. A mean would be something
-      that never occurs, a unit half dead; and were the likelier taken, too few would die, since
-      most deaths are less likely than not.
+      probability of being 0. A mean would be something that never occurs: a unit half in sight.
+      Rollouts take the likelier, or draw (--draw-zeros): most deaths are less likely than not.
   D22 In a rollout agents observe E_d's o', which fits the deduced state; the paper: o_hat.
 Readings, where the paper leaves a choice: Eq. (4) feeds E_p with (o_t, a_t, s_t), as Eq. (2) does,
 though it prints o_{t+1}, which is what is to be predicted; the Gaussians have variance 1, and their
@@ -99,7 +98,8 @@ class LogoWM(nn.Module):
         heads: False = the paper: rollouts never end, every action is available.
         clamp: False = the paper: imagined values may leave the range of the data.
         zeros: False = the paper: Gaussians alone, also for entries that are exactly 0 at times.
-        draw_zeros: rollouts draw which entries of s' become 0; False: they take the likelier.
+        draw_zeros: rollouts draw which entries of s' become 0, and the heads learn with the zeros
+            that came true; False: they take the likelier of 0 and the mean.
         observe: what the policy sees in a rollout: "deduced" or, as in the paper, "predicted".
     """
 
@@ -118,7 +118,7 @@ class LogoWM(nn.Module):
         heads: bool = True,
         clamp: bool = True,
         zeros: bool = True,
-        draw_zeros: bool = True,
+        draw_zeros: bool = False,
         observe: str = "deduced",
     ):
         super().__init__()
@@ -181,12 +181,15 @@ class LogoWM(nn.Module):
         p = x.logit.sigmoid()
         return p * x.value + (1 - p) * self.standardise(name, torch.zeros_like(x.value))
 
-    def decide(self, name: str, x: Prediction, draw: torch.Tensor | float = 0.5) -> torch.Tensor:
-        """What imagined rows are made of, in raw units: 0 where `draw` is below its probability,
-        else the mean of what is not 0. 0.5: the likelier of the two; uniform in [0,1): a sample.
+    def decide(self, name: str, x: Prediction, draw: torch.Tensor | None = None) -> torch.Tensor:
+        """What imagined rows are made of, in raw units: the likelier of 0 and the mean; or, with
+        uniform numbers `draw` in [0,1), 0 where they are below its probability.
         """
         value = self.restore(name, x.value)
-        return value if x.logit is None else torch.where((-x.logit).sigmoid() > draw, 0.0, value)
+        if x.logit is None:
+            return value
+        nonzero = x.logit > 0 if draw is None else (-x.logit).sigmoid() <= draw
+        return torch.where(nonzero, value, 0.0)
 
     def nll(self, name: str, truth: torch.Tensor, x: Prediction) -> torch.Tensor:
         """-log of the prediction's density at the raw `truth`, summed over the last dimension."""
@@ -270,10 +273,10 @@ class LogoWM(nn.Module):
 
         loss_ps = gaussian_nll(s_and_r, self.predict_directly(o, a, s)).mean()  # Eq. (6)
 
-        # Deviation D3. The heads read what a rollout consists of, had it drawn the zeros that came
-        # true (a draw of 0 makes an entry 0, one of 1 does not), and do not change it.
+        # Deviation D3. The heads read what a rollout consists of, and do not change it. If zeros
+        # are drawn, those that came true: a draw of 0 makes an entry 0, one of 1 does not.
         with torch.no_grad():
-            drawn = (batch.next_state != 0).to(s) if self.draw_zeros else 0.5  # Deviation D11
+            drawn = (batch.next_state != 0).to(s) if self.draw_zeros else None  # Deviation D11
             s_seen = self.standardise("state", self.decide("state", deduced[0], drawn))
             shown = self.look(s_seen, deduced[1]) if self.observe == "deduced" else predicted
             o_seen = self.standardise("obs", self.decide("obs", shown))
@@ -292,11 +295,11 @@ class LogoWM(nn.Module):
     # ---------------------------------------------------------------------------------- using it
 
     @torch.no_grad()
-    def step(self, obs, state, actions, draw=0.5) -> dict[str, torch.Tensor]:
+    def step(self, obs, state, actions, draw=None) -> dict[str, torch.Tensor]:
         """All predictions for one step from raw (o, s, a); raw units, not clamped.
 
         Args:
-            draw: (B,1), or one for all rows: which entries of s' become 0, see `decide`.
+            draw: (B,1), for each row: what becomes 0 in s', see `decide`; None: the likelier.
         Returns:
             next_obs (B,N,O), next_state (B,S): see `decide`; mean_obs, mean_state: their expected
             values; reward (B,) expected, and what it is if the episode goes on or ends there:
@@ -366,7 +369,7 @@ class LogoWM(nn.Module):
         valid = torch.ones_like(state[:, 0])  # (B,)
         for _ in range(horizon):
             actions = policy(obs, avail, generator)
-            draw = 0.5
+            draw = None
             if self.draw_zeros:  # Deviation D11: one number for all entries, as units die whole
                 draw = torch.rand((len(state), 1), generator=generator, device=state.device)
             out = self.step(obs, state, actions, draw)

@@ -87,8 +87,9 @@ class Args:
     inside that of its returns; paper: no [ours]"""
     zeros: bool = True
     """D11: entries that are exactly 0 at times have a probability of it; paper: no [ours]"""
-    draw_zeros: bool = True
-    """D11: rollouts draw what becomes 0 in s'; no, for robots: they take the likelier [ours]"""
+    draw_zeros: bool = False
+    """rollouts draw what becomes 0 in s' (D11), such as units that die; no: they take the likelier,
+    with which fewer die than in the data [ours]"""
     observe: Literal["deduced", "predicted"] = "deduced"
     """D22: what agents see in a rollout: E_d's o' of the deduced state, or o_hat; paper: predicted
     [ours]"""
@@ -171,7 +172,6 @@ class Args:
 
 # Defaults where actions are continuous; chosen on other seeds than those reported
 CONTINUOUS = {"eval_episodes": 20, "eval_every": 500, "updates": 5_000, "epsilon": 0.2,
-              "draw_zeros": False,
               "conservative": "expectation", "gamma": 0.95, "bc_lambda": 0.6}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
 PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": False,

@@ -89,7 +89,7 @@ class DirectWM(nn.Module):
         return nll.mean() + heads, {"nll": nll.mean().detach(), "heads": heads.detach()}
 
     @torch.no_grad()
-    def step(self, obs, state, actions, draw=0.5) -> dict[str, torch.Tensor]:
+    def step(self, obs, state, actions, draw=None) -> dict[str, torch.Tensor]:
         """One step from raw (o, s, a): entries of `JointRows.outcome`; uncertainty (B,) is 0."""
         outcome = self.rows.outcome(self(obs, state, actions), obs, state, draw)
         return outcome | {"uncertainty": torch.zeros_like(state[:, 0])}

@@ -116,7 +116,9 @@ class Ensemble(nn.Module):
         return total, {"nll": nll.mean().detach(), "heads": heads.detach()}
 
     @torch.no_grad()
-    def step(self, obs, state, actions, draw=0.5, generator: torch.Generator | None = None) -> dict:
+    def step(
+        self, obs, state, actions, draw=None, generator: torch.Generator | None = None
+    ) -> dict:
         """One step from raw (o, s, a): entries of `JointRows.outcome`, and uncertainty (B,).
 
         Args:

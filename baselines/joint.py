@@ -42,7 +42,7 @@ class JointRows(nn.Module):
     mean, decide = LogoWM.mean, LogoWM.decide
 
     def __init__(
-        self, spec, data, hidden: int, zeros=True, heads=True, clamp=True, draw_zeros=True
+        self, spec, data, hidden: int, zeros=True, heads=True, clamp=True, draw_zeros=False
     ):
         super().__init__()
         n, o, s, a = spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim
@@ -118,8 +118,9 @@ class JointRows(nn.Module):
         return ((error * shown).sum(-1) + (loss * sometimes).sum(-1)) / self.num_values
 
     def heads_loss(self, out, batch) -> torch.Tensor:
-        """Of available actions and ends (), from what a rollout would show after this step, had it
-        drawn the zeros that came true.
+        """Of available actions and ends (), from what a rollout would show after this step.
+
+        If zeros are drawn, it shows those that came true.
 
         Args:
             out (B,size): one prediction a row; no gradient reaches it.
@@ -127,7 +128,7 @@ class JointRows(nn.Module):
         with torch.no_grad():
             state, obs, _ = self.predictions(out, batch.obs, batch.state)
             truth = batch.next_state, batch.next_obs
-            drawn = [(x != 0).to(out) if self.draw_zeros else 0.5 for x in truth]
+            drawn = [(x != 0).to(out) if self.draw_zeros else None for x in truth]
             s = self.standardise("state", self.decide("state", state, drawn[0]))
             o = self.standardise("obs", self.decide("obs", obs, drawn[1]))
         is_end, last_r = self.end_head(s).unbind(-1)
@@ -139,17 +140,17 @@ class JointRows(nn.Module):
             loss = loss + F.binary_cross_entropy_with_logits(logits, batch.next_avail)
         return loss
 
-    def outcome(self, out, obs, state, draw=0.5) -> dict[str, torch.Tensor]:
+    def outcome(self, out, obs, state, draw=None) -> dict[str, torch.Tensor]:
         """One step's end in raw units, with the names of `LogoWM.step`, but no uncertainty.
 
         Args:
             out (B,size): the network's output, or a sample of it. obs, state: before the step.
-            draw: (B,1), or one for all rows: which entries become 0, see `LogoWM.decide`.
+            draw: (B,1), for each row: what becomes 0, see `LogoWM.decide`; None: the likelier.
         """
         s_next, o_next, r = self.predictions(out, obs, state)
         next_state = self.decide("state", s_next, draw)
-        draw = torch.as_tensor(draw, device=out.device).reshape(-1, 1, 1)
-        next_obs = self.decide("obs", o_next, draw)
+        of_agents = None if draw is None else draw.unsqueeze(-1)  # (B,1,1)
+        next_obs = self.decide("obs", o_next, of_agents)
         next_avail = None
         if self.discrete:
             logits = self.avail_head(self.standardise("obs", next_obs))  # (B,N,A)

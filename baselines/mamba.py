@@ -213,7 +213,7 @@ class MAMBA(nn.Module):
         return sum(parts.values()), {k: v.detach() for k, v in parts.items()}
 
     def follow(
-        self, h, z, actions, draw=0.5, generator=None
+        self, h, z, actions, draw=None, generator=None
     ) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """The next h and z, z from the prior, and what `step` returns."""
         h, before, rows = self.advance(h, z, actions), z, self.rows
@@ -225,7 +225,7 @@ class MAMBA(nn.Module):
         return h, z, outcome | {"uncertainty": torch.zeros_like(outcome["reward"])}
 
     @torch.no_grad()
-    def step(self, obs, state, actions, draw=0.5) -> dict[str, torch.Tensor]:
+    def step(self, obs, state, actions, draw=None) -> dict[str, torch.Tensor]:
         """One expected step from raw (o, a) alone: `JointRows.outcome`, and uncertainty (B,) 0."""
         h = self.begin(len(obs))
         return self.follow(h, self.observe(h, obs)[0], actions, draw)[2]

@@ -194,7 +194,7 @@ class MAZero(nn.Module):
         parts |= {"consistency": consistency.mean()}
         return total, {k: v.detach() for k, v in parts.items()}
 
-    def follow(self, first, h, obs, state, actions, draw=0.5) -> tuple[torch.Tensor, dict]:
+    def follow(self, first, h, obs, state, actions, draw=None) -> tuple[torch.Tensor, dict]:
         """The next h, and what `step` returns; `first` is the latent state of raw obs and state."""
         h = self.advance(h, actions)
         out = joined(self.rows, *self.decode(first, h), self.reward_of(h, actions))
@@ -202,7 +202,7 @@ class MAZero(nn.Module):
         return h, outcome | {"uncertainty": torch.zeros_like(outcome["reward"])}
 
     @torch.no_grad()
-    def step(self, obs, state, actions, draw=0.5) -> dict[str, torch.Tensor]:
+    def step(self, obs, state, actions, draw=None) -> dict[str, torch.Tensor]:
         """One step from raw (o, s, a): entries of `JointRows.outcome`; uncertainty (B,) is 0."""
         h = self.represent(obs)
         return self.follow(h, h, obs, state, actions, draw)[1]

@@ -123,7 +123,7 @@ class MOReL(nn.Module):
 
     @torch.no_grad()
     def step(
-        self, obs, state, actions, draw=0.5, generator: torch.Generator | None = None, member=None
+        self, obs, state, actions, draw=None, generator: torch.Generator | None = None, member=None
     ) -> dict:
         """One step from raw (o, s, a): entries of `JointRows.outcome`, and uncertainty (B,) = disc.
 

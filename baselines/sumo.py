@@ -100,7 +100,9 @@ class SUMO(nn.Module):
         return (x - self.reference[torch.cat(found)]).norm(dim=-1)
 
     @torch.no_grad()
-    def step(self, obs, state, actions, draw=0.5, generator: torch.Generator | None = None) -> dict:
+    def step(
+        self, obs, state, actions, draw=None, generator: torch.Generator | None = None
+    ) -> dict:
         """One step as `Ensemble.step`, with draw and generator as there, but SUMO's u (B,)."""
         out = self.ensemble.step(obs, state, actions, draw, generator)
         distance = self.distance(self.points(state, actions, out["next_state"]))

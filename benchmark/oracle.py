@@ -176,9 +176,11 @@ class Oracle(nn.Module):
         for _ in range(horizon):
             actions = policy(obs, avail, generator)
             out = {"uncertainty": 0 * valid}
-            if theirs:  # Deviation D11: zeros are drawn, as in LogoWM.imagine
-                draw = torch.rand((len(valid), 1), generator=generator, device=obs.device)
-                out = model.step(obs, state, actions, draw if model.draw_zeros else 0.5)
+            if theirs:
+                draw = None
+                if model.draw_zeros:  # Deviation D11, as in LogoWM.imagine
+                    draw = torch.rand((len(valid), 1), generator=generator, device=obs.device)
+                out = model.step(obs, state, actions, draw)
             now = self.simulator.step(actions.cpu().numpy())
             true = {k: torch.tensor(getattr(now, k), dtype=torch.float32, device=obs.device)
                     for k in ("obs", "state", "reward", "terminated", "truncated")}  # fmt: skip

@@ -48,7 +48,7 @@ TUNED_ON = (
     "Hopper-3x1",
     "Ant-2x4",
 )
-IMAGINATION = {"--draw-zeros", "--no-draw-zeros", "--horizon", "--uncertainty", "--u-scale"}
+IMAGINATION = {"--draw-zeros", "--horizon", "--uncertainty", "--u-scale"}
 NAMES = {  # a method that is not here: its key
     "logo": "LOGO",
     "macql": "MACQL",
@@ -161,53 +161,37 @@ def comparison(groups: Groups) -> str:
     return table([*header, "behaviour cloning", "data's return"], lines)
 
 
-def in_field(groups: Groups) -> dict[tuple[str, str], dict[Cell, Runs]]:
-    """Runs by method and flags, then by cell, of the cells in which any baseline was run.
-
-    LOGO and MACQL have their default flags, LOGO also those that baselines were run with.
-    """
-    ours = {(cell, variant) for cell, variant, method in groups if method in BASELINES}
-    cells = dict.fromkeys(cell for cell, _, _ in groups if cell in {cell for cell, _ in ours})
-    found = {(method, ""): dict.fromkeys(cells, {}) for method in (*METHODS, *BASELINES)}
-    for (cell, variant, method), runs in groups.items():
-        if cell in cells and method in (*METHODS, *BASELINES):
-            if variant == "" or (cell, variant) in ours:
-                found.setdefault((method, variant), dict.fromkeys(cells, {}))[cell] = runs
-    order = (*METHODS, *BASELINES)
-    some = [k for k, by_cell in found.items() if any(by_cell.values())]
-    missing = [k for k in found if k not in some and k[0] not in {method for method, _ in some}]
-    return {k: found[k] for k in sorted(some + missing, key=lambda k: (order.index(k[0]), k[1]))}
+def cells_of_baselines(groups: Groups) -> dict[Cell, dict[str, Runs]]:
+    """`by_cell` of the cells in which any baseline was run."""
+    return {cell: x for cell, x in by_cell(groups).items() if x.keys() & set(BASELINES)}
 
 
 def field(groups: Groups) -> str:
     """One line per method, one column per cell that any baseline was run in: returns, seeds."""
-    lines, methods = [], in_field(groups)
-    cells = list(next(iter(methods.values())))
-    for (method, variant), runs in methods.items():
-        scores = [f"{over(x, 'return_mean')} ({len(x)})" if x else "not run" for x in runs.values()]
-        lines.append([NAMES[method], code(variant), *scores])
-    most = [max((runs[cell] for runs in methods.values()), key=len) for cell in cells]
-    lines.append(["behaviour cloning", "", *(over(runs, "clone_return") for runs in most)])
-    lines.append(["the data", "", *map(data_return, most)])
-    return table(["method (seeds)", "flags", *map(" ".join, cells)], lines)
+    cells = cells_of_baselines(groups)
+    lines = []
+    for method in (*METHODS, *BASELINES):
+        found = [by_method.get(method) for by_method in cells.values()]
+        scores = [f"{over(x, 'return_mean')} ({len(x)})" if x else "not run" for x in found]
+        lines.append([NAMES[method], *scores])
+    most = [max(by_method.values(), key=len) for by_method in cells.values()]
+    lines.append(["behaviour cloning", *(over(runs, "clone_return") for runs in most)])
+    lines.append(["the data", *map(data_return, most)])
+    return table(["method (seeds)", *map(" ".join, cells)], lines)
 
 
 def field_differences(groups: Groups) -> str:
-    """LOGO minus each other method in the cells of `field`, same flags, same seeds."""
+    """LOGO minus each other method in the cells of `field`, over the seeds that both have."""
 
-    def difference(logo: Runs, other: Runs) -> str:
-        by_seed, interval = paired_difference(logo, other)
+    def difference(by_method: dict[str, Runs], other: str) -> str:
+        by_seed, interval = paired_difference(by_method.get("logo", {}), by_method.get(other, {}))
         mean = f"{np.mean(by_seed):+.2f}" if by_seed else ""
         return f"{mean} ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else mean
 
-    lines, methods = [], in_field(groups)
-    cells = list(next(iter(methods.values())))
-    for (method, variant), runs in methods.items():
-        logo = methods.get(("logo", variant), {})
-        if method != "logo":
-            each = [difference(logo.get(cell, {}), runs[cell]) for cell in cells]
-            lines.append([NAMES[method], code(variant), *each])
-    return table(["LOGO minus", "flags of both", *map(" ".join, cells)], lines)
+    cells = cells_of_baselines(groups)
+    others = [method for method in (*METHODS, *BASELINES) if method != "logo"]
+    lines = [[NAMES[m], *(difference(x, m) for x in cells.values())] for m in others]
+    return table(["LOGO minus", *map(" ".join, cells)], lines)
 
 
 def scores(groups: Groups) -> str:

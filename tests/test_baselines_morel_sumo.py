@@ -16,11 +16,11 @@ from baselines.joint import JointRows
 from experiment.folder import read_checkpoint
 
 
-def make_morel(discrete=True, seed=0, heads=True, clamp=True, zeros=True, **options) -> tuple:
+def make_morel(discrete=True, seed=0, heads=True, clamp=True, **options) -> tuple:
     """(MOReL, data) on 60 random transitions of two agents; nothing is trained."""
     torch.manual_seed(seed)
     data, spec = make_data(discrete)
-    rows = JointRows(spec, data, 8, zeros, heads, clamp)
+    rows = JointRows(spec, data, 8, heads=heads, clamp=clamp)
     return morel.MOReL(rows, data, hidden=16, members=3, **options), data
 
 
@@ -132,7 +132,7 @@ def test_a_rollout_ends_with_the_first_unknown_step(heads, clamp):
 
 
 def test_one_member_makes_a_whole_rollout():
-    model, data = make_morel(discrete=False, clamp=False, zeros=False, coefficient=0.0)
+    model, data = make_morel(discrete=False, clamp=False, coefficient=0.0)
     rollout = model.imagine(policy, data.sample(40, generator()), 4, generator(1))
     makers = torch.ones(3, 40, dtype=torch.bool)
     for h in range(4):

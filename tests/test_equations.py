@@ -29,6 +29,9 @@ B, N, O, S, A, HIDDEN = 5, 3, 4, 6, 3, 7  # noqa: E741
 CLOSE = {"rel": 1e-10, "abs": 1e-10}
 DEDUCE_FROM = ("obs", "obs+state", "obs+state+actions")
 zeros_or_not = pytest.mark.parametrize("zeros", [True, False])
+drawn_or_not = pytest.mark.parametrize(
+    ("zeros", "draw_zeros"), [(True, False), (True, True), (False, False)]
+)
 heads_or_not = pytest.mark.parametrize("heads", [True, False])
 either_sight = pytest.mark.parametrize("observe", ["deduced", "predicted"])
 
@@ -373,13 +376,14 @@ def test_without_zeros_and_heads_eq_3_and_4_are_the_papers():
 @heads_or_not
 @either_sight
 @zeros_or_not
+@pytest.mark.parametrize("drawn", [True, False])
 @pytest.mark.parametrize("deduce_from", DEDUCE_FROM)
-def test_eq_5_and_a_step_equal_a_loop(deduce_from, zeros, observe, heads):
+def test_eq_5_and_a_step_equal_a_loop(deduce_from, zeros, observe, heads, drawn):
     model, batch, naive = build(deduce_from, zeros=zeros, observe=observe, heads=heads)
-    draw = torch.linspace(0.05, 0.95, B).unsqueeze(1)
+    draw = torch.linspace(0.05, 0.95, B).unsqueeze(1) if drawn else None
     out = model.step(batch.obs, batch.state, batch.actions, draw)
     for b in range(B):
-        now, direct = naive.one_step(b, draw[b].item()), naive.encode_ps(b)
+        now, direct = naive.one_step(b, draw[b].item() if drawn else 0.5), naive.encode_ps(b)
         mean_state = naive.mean(now.state)
         u = math.sqrt(sum((direct[j] - mean_state[j]) ** 2 for j in range(S)))
         end = sigmoid(now.end_logit) if heads else 0.0
@@ -414,13 +418,16 @@ def test_a_step_decides_between_0_and_the_mean(observe):
         assert not (array(out[f"mean_{name}"]) == 0).any()
 
 
-@zeros_or_not
+@drawn_or_not
 @either_sight
 @pytest.mark.parametrize("clamp", [True, False])
 @heads_or_not
 @pytest.mark.parametrize("discrete", [True, False])
-def test_a_rollout_equals_a_loop_of_single_steps(discrete, heads, clamp, observe, zeros):
-    options = {"heads": heads, "clamp": clamp, "observe": observe, "zeros": zeros}
+def test_a_rollout_equals_a_loop_of_single_steps(
+    discrete, heads, clamp, observe, zeros, draw_zeros
+):
+    options = {"heads": heads, "clamp": clamp, "observe": observe}
+    options |= {"zeros": zeros, "draw_zeros": draw_zeros}
     model, batch, naive = build(discrete=discrete, **options)
     with torch.no_grad():
         model.end_head[-1].bias[0] -= 1.0  # so that some rollouts end, and some do not
@@ -450,7 +457,7 @@ def test_a_rollout_equals_a_loop_of_single_steps(discrete, heads, clamp, observe
         assert all(torch.equal(out[name][h], x) for name, x in now.items())
         assert torch.equal(asked[h][0], obs)
         assert torch.equal(asked[h][1], avail) if discrete else asked[h][1] is None
-        draw = torch.rand(B, 1, generator=again) if zeros else 0.5
+        draw = torch.rand(B, 1, generator=again) if draw_zeros else None
         step = model.step(obs, state, actions[h], draw)
         assert torch.equal(out["actions"][h], actions[h])
         assert torch.equal(out["uncertainty"][h], step["uncertainty"])
@@ -483,34 +490,27 @@ def test_rollouts_end_with_the_predicted_probability(probability):
     assert torch.equal(out["valid"][1], 1 - out["terminated"][0])
 
 
-@zeros_or_not
-def test_the_expected_reward_is_what_rollouts_receive_on_average(zeros):
-    model, batch, _ = build(clamp=False, zeros=zeros)
+@pytest.mark.parametrize("draw_zeros", [True, False])
+def test_the_expected_reward_is_what_rollouts_receive_on_average(draw_zeros):
+    model, batch, _ = build(clamp=False, draw_zeros=draw_zeros)
     step = model.step(batch.obs, batch.state, batch.actions)
-    draws = [(k + 0.5) / 500 for k in range(500)]  # of what becomes 0
-    steps = [model.step(batch.obs, batch.state, batch.actions, draw) for draw in draws]
-    expected = torch.stack([x["reward"] for x in steps]).mean(0)
-    assert torch.allclose(expected, step["reward"]) == (not zeros)
+    expected = step["reward"]
+    if draw_zeros:  # over all draws of what becomes 0
+        draws = ((torch.arange(500) + 0.5) / 500).repeat(B, 1)
+        steps = [model.step(batch.obs, batch.state, batch.actions, x[:, None]) for x in draws.T]
+        expected = torch.stack([x["reward"] for x in steps]).mean(0)
+        assert not torch.allclose(expected, step["reward"])
     many = Batch(*(x.repeat_interleave(4000, 0) for x in batch))
     out = model.imagine(lambda *_: many.actions, many, 1, torch.Generator().manual_seed(0))
     received = out["reward"][0].view(B, -1).mean(1)
     spread = (step["last_reward"] - step["running_reward"]).abs()
     assert (spread > 0.1).any()
-    tolerance = 4 * 0.5 * spread / 4000**0.5 + (0.02 if zeros else 0.0)
+    tolerance = 4 * 0.5 * spread / 4000**0.5 + (0.02 if draw_zeros else 0.0)
     assert ((received - expected).abs() <= tolerance).all()
 
 
-def test_without_draws_a_rollout_takes_the_likelier():
-    model, batch, _ = build(clamp=False, draw_zeros=False)
-    step = model.step(batch.obs, batch.state, batch.actions)
-    for seed in range(3):
-        g = torch.Generator().manual_seed(seed)
-        out = model.imagine(lambda *_: batch.actions, batch, 1, g)
-        assert torch.equal(out["state"][1], step["next_state"])
-
-
 def test_what_becomes_0_in_a_rollout_is_drawn_with_one_number():
-    model, batch, naive = build(clamp=False)
+    model, batch, naive = build(clamp=False, draw_zeros=True)
     many = Batch(*(x.repeat_interleave(4000, 0) for x in batch))
     out = model.imagine(lambda *_: many.actions, many, 1, torch.Generator().manual_seed(0))
     is_zero = (out["state"][1] == 0).double().view(B, -1, S)
@@ -530,14 +530,15 @@ def test_eq_6_equals_a_loop_over_rows(zeros):
 
 @heads_or_not
 @either_sight
-@zeros_or_not
+@drawn_or_not
 @pytest.mark.parametrize("discrete", [True, False])
-def test_the_objective_is_the_sum_of_its_parts(discrete, zeros, observe, heads):
-    model, batch, naive = build(discrete=discrete, zeros=zeros, observe=observe, heads=heads)
+def test_the_objective_is_the_sum_of_its_parts(discrete, zeros, draw_zeros, observe, heads):
+    options = {"zeros": zeros, "draw_zeros": draw_zeros, "observe": observe, "heads": heads}
+    model, batch, naive = build(discrete=discrete, **options)
     total, parts = model.loss(batch)
     end = avail = 0.0
     for b in range(B):
-        now = naive.one_step(b, recorded=True)
+        now = naive.one_step(b, recorded=draw_zeros)
         end += cross_entropy(now.end_logit, batch.terminated[b]) / B
         if batch.terminated[b] == 1:
             end += minus_log_normal([naive.r[b]], [now.last_r]) / B
@@ -988,7 +989,7 @@ def test_estimated_log_sum_exp_equals_a_loop():
 def test_the_heads_learn_from_what_step_shows_them(observe, draw_zeros):
     model, batch, _ = build(observe=observe, draw_zeros=draw_zeros)
     came_true = (batch.next_state != 0).double()  # the zeros of the recording, as if drawn
-    draw = came_true if draw_zeros else 0.5
+    draw = came_true if draw_zeros else None
     out = model.step(batch.obs, batch.state, batch.actions, draw)
     _, parts = model.loss(batch)
     r, last_r = (model.standardise("reward", x) for x in (batch.reward, out["last_reward"]))

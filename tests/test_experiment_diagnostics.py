@@ -257,10 +257,9 @@ def test_first_rollout_error_of_logo_is_its_one_step_error(data, zeros):
         diagnostics.one_step_errors(model, data),
     )
     batch = data.gather(data.held_out)
-    draw = torch.rand(len(batch.reward), 1, generator=diagnostics.generator_for(data))
-    decided = model.step(batch.obs, batch.state, batch.actions, draw)["next_state"]
+    decided = model.step(batch.obs, batch.state, batch.actions)["next_state"]
     state_mse = mse(data, "state", zip(decided, batch.next_state, strict=True))
-    assert errors["state"] == [close(state_mse)]  # rollouts draw what is 0
+    assert errors["state"] == [close(state_mse)]  # rollouts decide what is 0
     assert (one["state_mse"] == close(state_mse)) == (not zeros)
     assert errors["persistence"] == [close(one["persistence_state_mse"])]
     assert errors["reward"] == [close(one["reward_mse"])]

@@ -165,7 +165,7 @@ def test_checkpoints_are_due_by_their_cost(go, toy, monkeypatch):
 
 FLAGS = [
     "--deduce-from obs", "--deduce-from obs+state", "--no-heads", "--no-clamp", "--no-zeros",
-    "--no-draw-zeros",
+    "--draw-zeros",
     "--observe predicted", "--imagined-rows printed", "--n-step 1",
     "--uncertainty penalty", "--uncertainty shuffled", "--uncertainty none",
     "--no-shared-actor", "--critic-first 0",
@@ -282,6 +282,7 @@ BAD = {
     "--uncertainty penalty --u-scale 0": "give --u-scale",
     "--critic-first 1.5": "--critic-first is 1.5",
     "--n-step 0": "--n-step is 0",
+    "--draw-zeros --no-zeros": "give one of them",
     "--critic none": "--synthetic-fraction 0",
     "--env-id 2s3z": "recorded on 3s_vs_5z",
     "--dataset nothing.h5": "nothing.h5",
