@@ -375,15 +375,14 @@ def test_without_zeros_and_heads_eq_3_and_4_are_the_papers():
 
 @heads_or_not
 @either_sight
-@zeros_or_not
-@pytest.mark.parametrize("drawn", [True, False])
+@drawn_or_not
 @pytest.mark.parametrize("deduce_from", DEDUCE_FROM)
-def test_eq_5_and_a_step_equal_a_loop(deduce_from, zeros, observe, heads, drawn):
+def test_eq_5_and_a_step_equal_a_loop(deduce_from, zeros, draw_zeros, observe, heads):
     model, batch, naive = build(deduce_from, zeros=zeros, observe=observe, heads=heads)
-    draw = torch.linspace(0.05, 0.95, B).unsqueeze(1) if drawn else None
+    draw = torch.linspace(0.05, 0.95, B).unsqueeze(1) if draw_zeros else None
     out = model.step(batch.obs, batch.state, batch.actions, draw)
     for b in range(B):
-        now, direct = naive.one_step(b, draw[b].item() if drawn else 0.5), naive.encode_ps(b)
+        now, direct = naive.one_step(b, draw[b].item() if draw_zeros else 0.5), naive.encode_ps(b)
         mean_state = naive.mean(now.state)
         u = math.sqrt(sum((direct[j] - mean_state[j]) ** 2 for j in range(S)))
         end = sigmoid(now.end_logit) if heads else 0.0
