@@ -191,6 +191,15 @@ class LogoWM(nn.Module):
         nonzero = x.logit > 0 if draw is None else (-x.logit).sigmoid() <= draw
         return torch.where(nonzero, value, 0.0)
 
+    def draw(self, state: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
+        """Deviation D11: numbers (B,1) by which `decide` makes entries of s' 0; None: not drawn.
+
+        One for all entries of a row, as a unit dies with all of its entries.
+        """
+        if not self.draw_zeros:
+            return None
+        return torch.rand((len(state), 1), generator=generator, device=state.device)
+
     def nll(self, name: str, truth: torch.Tensor, x: Prediction) -> torch.Tensor:
         """-log of the prediction's density at the raw `truth`, summed over the last dimension."""
         error = 0.5 * (self.standardise(name, truth) - x.value).square()  # of a Gaussian
@@ -274,10 +283,10 @@ class LogoWM(nn.Module):
         loss_ps = gaussian_nll(s_and_r, self.predict_directly(o, a, s)).mean()  # Eq. (6)
 
         # Deviation D3. The heads read what a rollout consists of, and do not change it. If zeros
-        # are drawn, those that came true: a draw of 0 makes an entry 0, one of 1 does not.
+        # are drawn, they read those of the data: a draw of 0 makes an entry 0, one of 1 does not.
         with torch.no_grad():
-            drawn = (batch.next_state != 0).to(s) if self.draw_zeros else None  # Deviation D11
-            s_seen = self.standardise("state", self.decide("state", deduced[0], drawn))
+            draw = (batch.next_state != 0).to(s) if self.draw_zeros else None  # Deviation D11
+            s_seen = self.standardise("state", self.decide("state", deduced[0], draw))
             shown = self.look(s_seen, deduced[1]) if self.observe == "deduced" else predicted
             o_seen = self.standardise("obs", self.decide("obs", shown))
         is_end, last_r = self.end_head(s_seen).unbind(-1)  # (B,) logit, standardised
@@ -369,10 +378,7 @@ class LogoWM(nn.Module):
         valid = torch.ones_like(state[:, 0])  # (B,)
         for _ in range(horizon):
             actions = policy(obs, avail, generator)
-            draw = None
-            if self.draw_zeros:  # Deviation D11: one number for all entries, as units die whole
-                draw = torch.rand((len(state), 1), generator=generator, device=state.device)
-            out = self.step(obs, state, actions, draw)
+            out = self.step(obs, state, actions, self.draw(state, generator))
             obs, state, reward = out["next_obs"], out["next_state"], out["reward"]
             if self.clamp:  # Deviation D4
                 obs, state = self.clamp_to_data("obs", obs), self.clamp_to_data("state", state)

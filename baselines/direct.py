@@ -24,7 +24,7 @@ import torch.nn as nn
 
 import train
 from baselines import run
-from baselines.joint import JointRows, check, make_rows
+from baselines.joint import JointRows, check
 from logo_wm import agent_mlp, mlp
 
 
@@ -32,7 +32,8 @@ from logo_wm import agent_mlp, mlp
 class Args(train.Args):
     """State and reward predicted directly, by the networks that LOGO predicts observations with."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic", "uncertainty", "cap", "u_scale")
+    NO_EFFECT: ClassVar = ("deduce_from", "draw_zeros", "observe", "critic", "uncertainty", "cap",
+                           "u_scale")  # fmt: skip
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"
     """use of u, which this model does not have: none [ours]"""
@@ -89,9 +90,9 @@ class DirectWM(nn.Module):
         return nll.mean() + heads, {"nll": nll.mean().detach(), "heads": heads.detach()}
 
     @torch.no_grad()
-    def step(self, obs, state, actions, draw=None) -> dict[str, torch.Tensor]:
+    def step(self, obs, state, actions) -> dict[str, torch.Tensor]:
         """One step from raw (o, s, a): entries of `JointRows.outcome`; uncertainty (B,) is 0."""
-        outcome = self.rows.outcome(self(obs, state, actions), obs, state, draw)
+        outcome = self.rows.outcome(self(obs, state, actions), obs, state)
         return outcome | {"uncertainty": torch.zeros_like(state[:, 0])}
 
     def imagine(self, policy, starts, horizon: int, generator: torch.Generator) -> dict:
@@ -101,7 +102,7 @@ class DirectWM(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> DirectWM:
     """The model for this task's data, on the data's device."""
-    rows = make_rows(args, spec, data)
+    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
     return DirectWM(rows, args.hidden).to(data.obs.device)
 
 

@@ -31,14 +31,14 @@ import torch.nn.functional as F
 
 import train
 from baselines import run
-from baselines.joint import JointRows, check, make_rows
+from baselines.joint import JointRows, check
 
 
 @dataclass
 class Args(train.Args):
     """MOPO: an ensemble of seven networks, whose doubt is subtracted from imagined rewards."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic")
+    NO_EFFECT: ClassVar = ("deduce_from", "draw_zeros", "observe", "critic")
 
     uncertainty: Literal["weight", "penalty", "none"] = "penalty"
     """use of u: reward penalty of MOPO, sampling weight of LOGO's Eq. (7), or none [MOPO]"""
@@ -116,13 +116,10 @@ class Ensemble(nn.Module):
         return total, {"nll": nll.mean().detach(), "heads": heads.detach()}
 
     @torch.no_grad()
-    def step(
-        self, obs, state, actions, draw=None, generator: torch.Generator | None = None
-    ) -> dict:
+    def step(self, obs, state, actions, generator: torch.Generator | None = None) -> dict:
         """One step from raw (o, s, a): entries of `JointRows.outcome`, and uncertainty (B,).
 
         Args:
-            draw: see `JointRows.outcome`.
             generator: draws the member of each row and a sample of its Gaussian; None: the mean of
                 all members, which is what errors are measured with.
         """
@@ -130,13 +127,13 @@ class Ensemble(nn.Module):
         std, values = torch.exp(0.5 * log_var), self.rows.num_values
         u = std.square().mean(-1).amax(0).sqrt() * self.rows.reward_std  # MOPO Sec. 4.3
         if generator is None:
-            return self.rows.outcome(out.mean(0), obs, state, draw) | {"uncertainty": u}
+            return self.rows.outcome(out.mean(0), obs, state) | {"uncertainty": u}
         row = torch.arange(len(obs), device=obs.device)
         member = torch.randint(len(out), row.shape, generator=generator, device=obs.device)
         sample = out[member, row]
         noise = torch.empty_like(sample[:, :values]).normal_(generator=generator)
         sample[:, :values] += std[member, row] * noise
-        return self.rows.outcome(sample, obs, state, draw) | {"uncertainty": u}
+        return self.rows.outcome(sample, obs, state) | {"uncertainty": u}
 
     def imagine(self, policy, starts, horizon: int, generator: torch.Generator) -> dict:
         """Rollouts from real starts, as `LogoWM.imagine` returns them."""
@@ -146,7 +143,7 @@ class Ensemble(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> Ensemble:
     """The ensemble for this task's data, on the data's device."""
-    rows = make_rows(args, spec, data)
+    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
     return Ensemble(rows, args.wm_hidden, args.members).to(data.obs.device)
 
 

@@ -34,21 +34,18 @@ class JointRows(nn.Module):
     Args:
         spec: `envs.Spec` of the task. data: `OfflineDataset`, for its statistics.
         hidden: width of the heads is half of it.
-        zeros, heads, clamp, draw_zeros: as in `LogoWM` (D11, D3, D4, D11).
+        zeros, heads, clamp: as in `LogoWM` (D11, D3, D4).
     """
 
     standardise, restore = LogoWM.standardise, LogoWM.restore
     clamp_to_data, prediction = LogoWM.clamp_to_data, LogoWM.prediction
     mean, decide = LogoWM.mean, LogoWM.decide
 
-    def __init__(
-        self, spec, data, hidden: int, zeros=True, heads=True, clamp=True, draw_zeros=False
-    ):
+    def __init__(self, spec, data, hidden: int, zeros=True, heads=True, clamp=True):
         super().__init__()
         n, o, s, a = spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim
         self.sizes, self.discrete = (n, o, s, a), spec.discrete
         self.zeros, self.heads, self.clamp = zeros, heads, clamp
-        self.draw_zeros = zeros and draw_zeros
         self.num_inputs, self.num_values = s + n * o + n * a, s + n * o + 1
         self.size = self.num_values + zeros * (s + n * o)
         self.avail_head = agent_mlp(n, o, hidden // 2, a) if spec.discrete else None
@@ -120,17 +117,13 @@ class JointRows(nn.Module):
     def heads_loss(self, out, batch) -> torch.Tensor:
         """Of available actions and ends (), from what a rollout would show after this step.
 
-        If zeros are drawn, it shows those that came true.
-
         Args:
             out (B,size): one prediction a row; no gradient reaches it.
         """
         with torch.no_grad():
             state, obs, _ = self.predictions(out, batch.obs, batch.state)
-            truth = batch.next_state, batch.next_obs
-            drawn = [(x != 0).to(out) if self.draw_zeros else None for x in truth]
-            s = self.standardise("state", self.decide("state", state, drawn[0]))
-            o = self.standardise("obs", self.decide("obs", obs, drawn[1]))
+            s = self.standardise("state", self.decide("state", state))
+            o = self.standardise("obs", self.decide("obs", obs))
         is_end, last_r = self.end_head(s).unbind(-1)
         error = (self.standardise("reward", batch.reward) - last_r).square()
         loss = F.binary_cross_entropy_with_logits(is_end, batch.terminated)
@@ -140,17 +133,14 @@ class JointRows(nn.Module):
             loss = loss + F.binary_cross_entropy_with_logits(logits, batch.next_avail)
         return loss
 
-    def outcome(self, out, obs, state, draw=None) -> dict[str, torch.Tensor]:
+    def outcome(self, out, obs, state) -> dict[str, torch.Tensor]:
         """One step's end in raw units, with the names of `LogoWM.step`, but no uncertainty.
 
         Args:
             out (B,size): the network's output, or a sample of it. obs, state: before the step.
-            draw: (B,1), for each row: what becomes 0, see `LogoWM.decide`; None: the likelier.
         """
         s_next, o_next, r = self.predictions(out, obs, state)
-        next_state = self.decide("state", s_next, draw)
-        of_agents = None if draw is None else draw.unsqueeze(-1)  # (B,1,1)
-        next_obs = self.decide("obs", o_next, of_agents)
+        next_state, next_obs = self.decide("state", s_next), self.decide("obs", o_next)
         next_avail = None
         if self.discrete:
             logits = self.avail_head(self.standardise("obs", next_obs))  # (B,N,A)
@@ -175,18 +165,13 @@ class JointRows(nn.Module):
         }
 
     def imagine(self, step: Callable, policy, starts, horizon, generator) -> dict:
-        """As `LogoWM.imagine`, with a model's `step(obs, state, actions, draw)`."""
+        """Rollouts as `LogoWM.imagine` makes them, with `step(obs, state, actions)` of a model."""
         model = SimpleNamespace(
-            step=step, heads=self.heads, clamp=self.clamp, clamp_to_data=self.clamp_to_data,
-            draw_zeros=self.draw_zeros,
+            step=lambda obs, state, actions, draw: step(obs, state, actions),
+            draw=lambda *_: None,  # --draw-zeros is LOGO's alone
+            heads=self.heads, clamp=self.clamp, clamp_to_data=self.clamp_to_data,
         )  # fmt: skip
         return LogoWM.imagine(model, policy, starts, horizon, generator)
-
-
-def make_rows(args, spec, data) -> JointRows:
-    """`JointRows` with the flags of `train.Args`."""
-    flags = args.zeros, args.heads, args.clamp, args.draw_zeros
-    return JointRows(spec, data, args.hidden, *flags)
 
 
 # --------------------------------------------------------------------------------------------------

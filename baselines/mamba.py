@@ -38,7 +38,7 @@ import torch.nn as nn
 import train
 from baselines import run
 from baselines.direct import joined
-from baselines.joint import JointRows, check, make_rows
+from baselines.joint import JointRows, check
 from experiment.diagnostics import windows
 from logo_wm import LogoWM, mlp
 
@@ -47,7 +47,8 @@ from logo_wm import LogoWM, mlp
 class Args(train.Args):
     """MAMBA: a recurrent world model with discrete latents and attention between the agents."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic", "uncertainty", "cap", "u_scale")
+    NO_EFFECT: ClassVar = ("deduce_from", "draw_zeros", "observe", "critic", "uncertainty", "cap",
+                           "u_scale")  # fmt: skip
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"
     """use of u, which this model does not have: none [Table 1 of LOGO's paper]"""
@@ -212,23 +213,21 @@ class MAMBA(nn.Module):
         parts |= {"kl": kl, "heads": heads}
         return sum(parts.values()), {k: v.detach() for k, v in parts.items()}
 
-    def follow(
-        self, h, z, actions, draw=None, generator=None
-    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def follow(self, h, z, actions, generator=None) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """The next h and z, z from the prior, and what `step` returns."""
         h, before, rows = self.advance(h, z, actions), z, self.rows
         z = self.draw(self.prior(h), generator)
         out = joined(rows, *self.decode(h, z), self.reward_of(h, before))
         # What is decoded are not changes of the last o and s: they are changes from the mean, 0
         mean = rows.obs_mean.expand(len(h), -1, -1), rows.state_mean.expand(len(h), -1)
-        outcome = rows.outcome(out, *mean, draw)
+        outcome = rows.outcome(out, *mean)
         return h, z, outcome | {"uncertainty": torch.zeros_like(outcome["reward"])}
 
     @torch.no_grad()
-    def step(self, obs, state, actions, draw=None) -> dict[str, torch.Tensor]:
+    def step(self, obs, state, actions) -> dict[str, torch.Tensor]:
         """One expected step from raw (o, a) alone: `JointRows.outcome`, and uncertainty (B,) 0."""
         h = self.begin(len(obs))
-        return self.follow(h, self.observe(h, obs)[0], actions, draw)[2]
+        return self.follow(h, self.observe(h, obs)[0], actions)[2]
 
     @torch.no_grad()
     def imagine(self, policy, starts, horizon: int, generator: torch.Generator) -> dict:
@@ -236,9 +235,9 @@ class MAMBA(nn.Module):
         h = self.begin(len(starts.obs))
         z, _ = self.observe(h, starts.obs, generator)
 
-        def step(obs, state, actions, draw) -> dict:  # (h, z) go on, not what was decoded from them
+        def step(obs, state, actions) -> dict:  # (h, z) go on, not what was decoded from them
             nonlocal h, z
-            h, z, outcome = self.follow(h, z, actions, draw, generator)
+            h, z, outcome = self.follow(h, z, actions, generator)
             return outcome
 
         return self.rows.imagine(step, policy, starts, horizon, generator)
@@ -246,7 +245,7 @@ class MAMBA(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> MAMBA:
     """The model for this task's data, on the data's device."""
-    rows = make_rows(args, spec, data)
+    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
     sizes = (args.wm_hidden, args.latents, args.classes, args.attention, args.window)
     return MAMBA(rows, data, *sizes, args.seed).to(data.obs.device)
 

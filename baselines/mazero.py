@@ -53,7 +53,7 @@ import torch.nn.functional as F
 import train
 from baselines import run
 from baselines.direct import joined
-from baselines.joint import JointRows, check, make_rows
+from baselines.joint import JointRows, check
 from baselines.mamba import MAMBA, window_starts
 from logo_wm import LogoWM, mlp
 
@@ -62,7 +62,8 @@ from logo_wm import LogoWM, mlp
 class Args(train.Args):
     """MAZero's world model: latent states that agents advance together, five steps at a time."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic", "uncertainty", "cap", "u_scale")
+    NO_EFFECT: ClassVar = ("deduce_from", "draw_zeros", "observe", "critic", "uncertainty", "cap",
+                           "u_scale")  # fmt: skip
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"
     """use of u, which this model does not have: none [Table 1 of LOGO's paper]"""
@@ -194,31 +195,31 @@ class MAZero(nn.Module):
         parts |= {"consistency": consistency.mean()}
         return total, {k: v.detach() for k, v in parts.items()}
 
-    def follow(self, first, h, obs, state, actions, draw=None) -> tuple[torch.Tensor, dict]:
+    def follow(self, first, h, obs, state, actions) -> tuple[torch.Tensor, dict]:
         """The next h, and what `step` returns; `first` is the latent state of raw obs and state."""
         h = self.advance(h, actions)
         out = joined(self.rows, *self.decode(first, h), self.reward_of(h, actions))
-        outcome = self.rows.outcome(out, obs, state, draw)
+        outcome = self.rows.outcome(out, obs, state)
         return h, outcome | {"uncertainty": torch.zeros_like(outcome["reward"])}
 
     @torch.no_grad()
-    def step(self, obs, state, actions, draw=None) -> dict[str, torch.Tensor]:
+    def step(self, obs, state, actions) -> dict[str, torch.Tensor]:
         """One step from raw (o, s, a): entries of `JointRows.outcome`; uncertainty (B,) is 0."""
         h = self.represent(obs)
-        return self.follow(h, h, obs, state, actions, draw)[1]
+        return self.follow(h, h, obs, state, actions)[1]
 
     @torch.no_grad()
     def imagine(self, policy, starts, horizon: int, generator: torch.Generator) -> dict:
         """Rollouts from real starts, as `LogoWM.imagine` returns them."""
         t, start, first, h = 0, None, None, None
 
-        def step(obs, state, actions, draw) -> dict:
+        def step(obs, state, actions) -> dict:
             nonlocal t, start, first, h
             if t % self.window == 0:  # in between h goes on, not what was decoded from it
                 start, first = (obs, state), self.represent(obs)
                 h = first
             t += 1
-            h, outcome = self.follow(first, h, *start, actions, draw)
+            h, outcome = self.follow(first, h, *start, actions)
             return outcome
 
         return self.rows.imagine(step, policy, starts, horizon, generator)
@@ -226,7 +227,7 @@ class MAZero(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> MAZero:
     """The model for this task's data, on the data's device."""
-    rows = make_rows(args, spec, data)
+    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
     sizes = (args.wm_hidden, args.attention, args.window, args.consistency)
     return MAZero(rows, data, *sizes, args.seed).to(data.obs.device)
 

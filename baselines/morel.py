@@ -39,7 +39,7 @@ import torch.nn as nn
 
 import train
 from baselines import run
-from baselines.joint import JointRows, check, make_rows
+from baselines.joint import JointRows, check
 from macql import stacked_mlp
 
 MEASURED, CHUNK = 20_000, 2_000  # rows of the data that the threshold is from, and at a time
@@ -49,7 +49,7 @@ MEASURED, CHUNK = 20_000, 2_000  # rows of the data that the threshold is from, 
 class Args(train.Args):
     """MOReL: four networks; where they disagree, an imagined episode ends with a penalty."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic")
+    NO_EFFECT: ClassVar = ("deduce_from", "draw_zeros", "observe", "critic")
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"
     """further use of u = disc: sampling weight of LOGO's Eq. (7), reward penalty of its Eq. (1), or
@@ -123,14 +123,13 @@ class MOReL(nn.Module):
 
     @torch.no_grad()
     def step(
-        self, obs, state, actions, draw=None, generator: torch.Generator | None = None, member=None
+        self, obs, state, actions, generator: torch.Generator | None = None, member=None
     ) -> dict:
         """One step from raw (o, s, a): entries of `JointRows.outcome`, and uncertainty (B,) = disc.
 
         terminated is 1 for unknown steps; their reward is the networks' all the same.
 
         Args:
-            draw: see `JointRows.outcome`.
             generator: draws the member of each row, where there is no `member`.
             member (B,): which one predicts; None, and no generator: the mean of all members, which
                 is what errors are measured with.
@@ -141,7 +140,7 @@ class MOReL(nn.Module):
             member = self.draw_members(len(obs), generator)
         row = torch.arange(len(obs), device=obs.device)
         one = out.mean(0) if member is None else out[member, row]
-        outcome = self.rows.outcome(one, obs, state, draw) | {"uncertainty": disc}
+        outcome = self.rows.outcome(one, obs, state) | {"uncertainty": disc}
         outcome["terminated"] = outcome["terminated"].masked_fill(disc > self.threshold, 1.0)
         return outcome
 
@@ -172,7 +171,7 @@ class MOReL(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> MOReL:
     """The four networks for this task's data, on the data's device."""
-    rows = make_rows(args, spec, data)
+    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
     model = MOReL(rows, data, args.wm_hidden, args.members, args.coefficient, args.kappa)
     return model.to(data.obs.device)
 

@@ -33,7 +33,7 @@ import torch.nn as nn
 import train
 from baselines import run
 from baselines.ensemble import Ensemble
-from baselines.joint import JointRows, check, make_rows
+from baselines.joint import JointRows, check
 
 CHUNK = 500  # imagined steps whose distances are computed at a time, (CHUNK,R) numbers
 
@@ -42,7 +42,7 @@ CHUNK = 500  # imagined steps whose distances are computed at a time, (CHUNK,R) 
 class Args(train.Args):
     """SUMO: an ensemble, and a penalty for imagined steps that are far from recorded ones."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic")
+    NO_EFFECT: ClassVar = ("deduce_from", "draw_zeros", "observe", "critic")
 
     uncertainty: Literal["weight", "penalty", "none"] = "penalty"
     """use of u: reward penalty of MOPO, sampling weight of LOGO's Eq. (7), or none [SUMO]"""
@@ -100,11 +100,9 @@ class SUMO(nn.Module):
         return (x - self.reference[torch.cat(found)]).norm(dim=-1)
 
     @torch.no_grad()
-    def step(
-        self, obs, state, actions, draw=None, generator: torch.Generator | None = None
-    ) -> dict:
-        """One step as `Ensemble.step`, with draw and generator as there, but SUMO's u (B,)."""
-        out = self.ensemble.step(obs, state, actions, draw, generator)
+    def step(self, obs, state, actions, generator: torch.Generator | None = None) -> dict:
+        """One step as `Ensemble.step`, with the generator's meaning there, but SUMO's u (B,)."""
+        out = self.ensemble.step(obs, state, actions, generator)
         distance = self.distance(self.points(state, actions, out["next_state"]))
         assert distance.shape == (len(state),)
         u = torch.log1p(distance)  # SUMO u
@@ -118,7 +116,7 @@ class SUMO(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> SUMO:
     """The ensemble and the reference rows of this task's data, on the data's device."""
-    rows = make_rows(args, spec, data)
+    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
     ensemble = Ensemble(rows, args.wm_hidden, args.members).to(data.obs.device)
     return SUMO(ensemble, data, args.reference_rows, args.neighbours)
 

@@ -177,10 +177,7 @@ class Oracle(nn.Module):
             actions = policy(obs, avail, generator)
             out = {"uncertainty": 0 * valid}
             if theirs:
-                draw = None
-                if model.draw_zeros:  # Deviation D11, as in LogoWM.imagine
-                    draw = torch.rand((len(valid), 1), generator=generator, device=obs.device)
-                out = model.step(obs, state, actions, draw)
+                out = model.step(obs, state, actions, model.draw(state, generator))
             now = self.simulator.step(actions.cpu().numpy())
             true = {k: torch.tensor(getattr(now, k), dtype=torch.float32, device=obs.device)
                     for k in ("obs", "state", "reward", "terminated", "truncated")}  # fmt: skip

@@ -48,6 +48,7 @@ TUNED_ON = (
     "Hopper-3x1",
     "Ant-2x4",
 )
+# Flags that change nothing without a world model
 IMAGINATION = {"--draw-zeros", "--horizon", "--uncertainty", "--u-scale"}
 NAMES = {  # a method that is not here: its key
     "logo": "LOGO",

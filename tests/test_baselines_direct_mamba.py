@@ -61,10 +61,7 @@ class NaiveDirect:
         return (array(x) - mean) / std
 
     def entries(self, name, out, now, truth):
-        """Loss of all entries of a vector, and what a rollout shows of it; both of one row.
-
-        If zeros are drawn, it shows those that came true.
-        """
+        """Loss of all entries of a vector, and what a rollout shows of it; both of one row."""
         mean, std = (array(getattr(self.rows, f"{name}_{k}")) for k in ("mean", "std"))
         sometimes = array(getattr(self.rows, f"{name}_sometimes_zero"))
         size, total, shown = len(now.flat), 0.0, []
@@ -76,8 +73,7 @@ class NaiveDirect:
             if self.zeros and sometimes[k]:
                 nonzero = float(truth.flat[k] != 0)
                 total += cross_entropy(out[size + k], nonzero) + nonzero * error
-                shows = nonzero if self.rows.draw_zeros else out[size + k] > 0
-                value = value if shows else 0.0
+                value = value if out[size + k] > 0 else 0.0
             else:
                 total += error
             shown.append((value - mean[k]) / std[k])
@@ -111,13 +107,9 @@ class NaiveDirect:
 
 
 @discrete_or_not
-@pytest.mark.parametrize(
-    ("zeros", "heads", "draw_zeros"),
-    [(True, True, False), (True, True, True), (False, False, False)],
-)
-def test_the_direct_loss_is_its_formula(discrete, zeros, heads, draw_zeros):
-    flags = {"zeros": zeros, "heads": heads, "draw_zeros": draw_zeros}
-    model, data = make_model("direct", discrete, **flags)
+@pytest.mark.parametrize(("zeros", "heads"), [(True, True), (False, False)])
+def test_the_direct_loss_is_its_formula(discrete, zeros, heads):
+    model, data = make_model("direct", discrete, zeros=zeros, heads=heads)
     model = model.double()
     batch = data.gather(torch.tensor([0, 3, 9, 14, 20]))  # the third is the end of its episode
     batch = type(batch)(*(None if x is None else x.double() for x in batch))
@@ -247,16 +239,14 @@ def test_a_resumed_model_draws_the_same():
 
 @each
 @discrete_or_not
-@pytest.mark.parametrize("draw_zeros", [False, True])
-def test_one_imagined_step_is_a_step(name, discrete, draw_zeros, monkeypatch):
-    model, data = make_model(name, discrete, draw_zeros=draw_zeros)
+def test_one_imagined_step_is_a_step(name, discrete, monkeypatch):
+    model, data = make_model(name, discrete)
     if name == "mamba":  # apart from the draws
         draw = model.draw
         monkeypatch.setattr(model, "draw", lambda logits, generator: draw(logits, None))
     starts = data.sample(40, torch.Generator().manual_seed(0))
-    g, again = (torch.Generator().manual_seed(0) for _ in range(2))
-    zeros = torch.rand(40, 1, generator=again) if draw_zeros else None
-    out = model.step(starts.obs, starts.state, starts.actions, zeros)
+    out = model.step(starts.obs, starts.state, starts.actions)
+    g = torch.Generator().manual_seed(0)
     rollout = model.imagine(lambda *_: starts.actions, starts, 1, g)
     for key in ("obs", "state"):
         clamped = model.rows.clamp_to_data(key, out[f"next_{key}"])

@@ -169,7 +169,7 @@ def test_u_is_that_of_a_search_by_a_loop(discrete, neighbours, reference_rows, m
     model, data = make_sumo(discrete, **options)
     assert len(model.reference) == min(reference_rows, 50)
     statistics, batch = data.statistics(), data.sample(30, generator())
-    out = model.step(batch.obs, batch.state, batch.actions, generator=generator(1))
+    out = model.step(batch.obs, batch.state, batch.actions, generator(1))
 
     def point(s, a, s_next) -> list[float]:
         mean, std = (statistics[f"state_{k}"].double() for k in ("mean", "std"))
