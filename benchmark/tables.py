@@ -36,7 +36,10 @@ from benchmark.timing import Row
 from envs import PAPER_MUJOCO, PAPER_SMAC
 from experiment.report import over_seeds
 
-TEXTS = tuple(ROOT / name for name in ("README.md", "results/README.md", "docs/speed.md"))
+TEXTS = tuple(
+    ROOT / name
+    for name in ("README.md", "results/README.md", "results/details.md", "docs/speed.md")
+)
 BOOTSTRAP_DRAWS = 10_000
 # Tasks on which defaults were chosen
 TUNED_ON = (
@@ -213,7 +216,7 @@ def scores(groups: Groups) -> str:
     )  # fmt: skip
 
 
-def differences(groups: Groups) -> str:
+def gains(groups: Groups, plain: bool) -> str:
     """One line per cell and variant that both LOGO and MACQL have: the gain, seed by seed.
 
     Flags of imagination alone do not concern MACQL, which then has none.
@@ -222,7 +225,7 @@ def differences(groups: Groups) -> str:
     for (cell, variant, method), runs in groups.items():
         theirs = "" if set(re.findall(r"--[a-z-]+", variant)) <= IMAGINATION else variant
         other = groups.get((cell, theirs, "macql"))
-        if method != "logo" or not other:
+        if method != "logo" or not other or plain != (variant == ""):
             continue
         by_seed, interval = paired_difference(runs, other)
         if by_seed:
@@ -232,12 +235,23 @@ def differences(groups: Groups) -> str:
             known = [row for row in runs.values() if row.clone_return is not None]
             above = [row.return_mean - row.clone_return for row in known]
             gain = f"{np.mean(above):+.2f}" if above else ""
-            lines.append([*cell, code(variant), len(by_seed), mean, bounds, each, gain])
+            flags = [] if plain else [code(variant)]
+            lines.append([*cell, *flags, len(by_seed), mean, bounds, each, gain])
     return table(
-        ["task", "simulator", "data", "flags", "seeds", "LOGO - MACQL", "95 % interval",
-         "by seed", "LOGO - cloning"],
+        ["task", "simulator", "data", *([] if plain else ["flags"]), "seeds", "LOGO - MACQL",
+         "95 % interval", "by seed", "LOGO - cloning"],
         lines,
     )  # fmt: skip
+
+
+def differences(groups: Groups) -> str:
+    """`gains` of the defaults."""
+    return gains(groups, plain=True)
+
+
+def variants(groups: Groups) -> str:
+    """`gains` of the runs with other flags."""
+    return gains(groups, plain=False)
 
 
 def aggregate(groups: Groups) -> str:
@@ -370,8 +384,8 @@ def errors_table(rows: list[Error]) -> str:
 def results_tables(rows: list[Result]) -> dict[str, str]:
     """All tables of results by the names that the texts' markers use."""
     groups = group(rows)
-    makers = (comparison, field, field_differences, scores, differences, aggregate, uncertainty,
-              world_model, origin)  # fmt: skip
+    makers = (comparison, field, field_differences, scores, differences, variants, aggregate,
+              uncertainty, world_model, origin)  # fmt: skip
     made = {make.__name__.replace("_", "-"): make(groups) for make in makers}
     return made | {"iqm": iqm_table(groups, NAMES)}
 
@@ -384,7 +398,7 @@ def tables(
     visits: Path = VISITS,
     write: bool = False,
 ) -> None:
-    """Print all tables, or write them into README.md, results/README.md and docs/speed.md.
+    """Print all tables, or write them into README.md, the texts of results/ and docs/speed.md.
 
     Args:
         results: file of finished runs, as `grid` writes it

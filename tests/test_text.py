@@ -160,7 +160,7 @@ def test_the_readme_is_short_and_complete():
     assert "pip install -r requirements.txt && python -m pytest\n" in blocks
 
 
-TEXTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "results" / "README.md"]
+TEXTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
