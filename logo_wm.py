@@ -194,7 +194,8 @@ class LogoWM(nn.Module):
     def draw(self, state: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
         """Deviation D11: numbers (B,1) by which `decide` makes entries of s' 0; None: not drawn.
 
-        One for all entries of a row, as a unit dies with all of its entries.
+        One for all entries of a row, as a unit dies with all of its entries; but so units, too, die
+        together more often than they should, each as often as it should.
         """
         if not self.draw_zeros:
             return None

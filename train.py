@@ -350,7 +350,7 @@ def main(
             metrics["effective_share"] = model_data.effective_share
         run.log(metrics)
         due = (k + 1) % args.eval_every == 0 or k + 1 == args.updates
-        if env and due and k + 1 >= first:  # until then it is the clone
+        if env and due and k + 1 >= first:  # until then the policy waits
             with run.timed("eval"):  # other episodes every time
                 seed = 10**6 * (args.seed + 1) + k
                 score = evaluate(env, learner.ema_actor.greedy, args.eval_episodes, seed, device)

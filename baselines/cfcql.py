@@ -167,7 +167,9 @@ class CFCQL:
         metrics = {}
         if self.beta is not None:
             logits = self.beta.logits(batch.obs).masked_fill(batch.avail == 0, -torch.inf)
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.actions.argmax(-1).flatten())
+            chosen = batch.actions.argmax(-1)  # (B,N)
+            nll = F.cross_entropy(logits.flatten(0, 1), chosen.flatten(), reduction="none")
+            loss = (nll.view_as(chosen).mean(1) * real_weights(is_real)).mean()
             descend(self.optimizer, loss)
             self.schedule.step()
             metrics["beta_nll"] = loss.detach()

@@ -12,7 +12,9 @@ same batches and differ by their initial weights alone [Lakshminarayanan et al.,
 them imagine, instead of the five with the least held-out error; sigma and the error are of
 standardised values, and u is their root mean square in units of the reward's standard deviation,
 so that one lambda serves every task. LOGO's D3, D4 and D11 (heads, clamp, zeros) apply, see
-joint.py: without them no ensemble can show a unit that dies or is out of sight.
+joint.py: without them no ensemble can show a unit that dies or is out of sight. With D4 MACQL also
+keeps later values within the data's returns: what the penalty costs beyond that reaches the steps
+in the target alone.
 
 Source: https://github.com/yihaosun1124/OfflineRL-Kit at e3ce697: dynamics/ensemble_dynamics.py,
 run_example/run_mopo.py. Its lambda is 0.5 to 5 and its horizon 1 or 5, chosen for each dataset.

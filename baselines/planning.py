@@ -16,8 +16,7 @@ at every update took most of a run's time; discrete actions are imitated as Eq. 
 planning serves training, and nobody plans in play.
 
 `train.main` makes and trains LOGO only where batches have imagined rows. They are left out here,
-which leaves B real rows, as in MACQL (robots: half of B, as long as imagined rows take the place of
-real ones there), and planning begins with the first of them.
+which leaves B real rows, as in MACQL, and planning begins with the first of them.
 
 Sizes: B batch, M planned states, C candidates, N agents, A action, H horizon.
 """

@@ -58,7 +58,7 @@ def errors(
     before = read(results, Error) if results.exists() else []
     known = {(row.key, row.command) for row in before}  # with other flags it is trained anew
     places = results.with_name(POINTS.name)
-    drawn = {p.key[:-1] for p in (read(places, Point) if places.exists() else [])}
+    drawn = {p.key for p in (read(places, Point) if places.exists() else [])}
     kinds = {"logo": train.Args}
     kinds |= {m: importlib.import_module(f"baselines.{m}").Args for m in models if m != "logo"}
     sources = [["--env-id", x, "--quality", quality] for x in dict.fromkeys(env_ids)]

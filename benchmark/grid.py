@@ -114,17 +114,19 @@ def keep(run: Run, where: str, results: Path, known: bool = False) -> str | None
         device, _, gpu = final["device"].partition(" ")
         where += f", {gpu}" if device == "cuda" else ""
         row = result(final, run.method, run.variant, run.quality, where, command)
+        values, in_simulator = None, run.method in ORACLES and run.method != "windows"
+        if in_simulator:
+            file = run.folder / "depth.json"  # which is written last
+            values = json.loads(file.read_text())
     except FileNotFoundError:
-        return f"{file} was not written: --out must be in a file system that all nodes share"
+        return f"{file} was not written: delete its folder, or give an --out that all nodes share"
     except (ValueError, KeyError, TypeError) as e:
         return f"{file} is not of a finished run ({e!r}): delete its folder"
     recorded = read(results, Result) if known and results.exists() else []
     if (row.key, row.commit) not in [(old.key, old.commit) for old in recorded]:
+        if values:
+            record(results.with_name(DEPTH.name), *depths(values, row))
         record(results, row)
-        if (file := run.folder / "depth.json").exists():
-            values = json.loads(file.read_text())
-            for each in depths(values, row):
-                record(results.with_name(DEPTH.name), each)
     return None
 
 

@@ -169,7 +169,10 @@ class Oracle(nn.Module):
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         self.simulator.start(self.rows(starts), seed)
         model, theirs = self.model, self.by_model
+        clamp = model.clamp_to_data if model.clamp else lambda name, x: x
         obs, state, avail = starts.obs, starts.state, starts.avail
+        if "avail" in theirs and avail is not None and not model.heads:
+            avail = torch.ones_like(avail)
         states = {"obs": [obs], "state": [state], "avail": [avail]}
         steps = {k: [] for k in ("actions", "reward", "terminated", "uncertainty", "valid")}
         valid = torch.ones_like(state[:, 0])
@@ -183,19 +186,22 @@ class Oracle(nn.Module):
                     for k in ("obs", "state", "reward", "terminated", "truncated")}  # fmt: skip
             obs, state, reward = true["obs"], true["state"], true["reward"]
             if "obs" in theirs:
-                obs = model.clamp_to_data("obs", out["next_obs"])
+                obs = clamp("obs", out["next_obs"])
             if "state" in theirs:
-                state = model.clamp_to_data("state", out["next_state"])
-            if avail is not None:
+                state = clamp("state", out["next_state"])
+            if avail is not None and "avail" not in theirs:
                 avail = torch.tensor(now.avail, device=obs.device)
-                avail = out["next_avail"] if "avail" in theirs else avail
+            elif avail is not None and model.heads:
+                avail = out["next_avail"]
             terminated, done = true["terminated"], true["terminated"] + true["truncated"]
-            if "end" in theirs:
+            if "end" in theirs and not model.heads:
+                terminated = done = torch.zeros_like(valid)
+            elif "end" in theirs:
                 draw = torch.rand(valid.shape, generator=generator, device=obs.device)
                 terminated = done = (draw < out["terminated"]).float()
             if "reward" in theirs:
                 reward = torch.where(terminated > 0, out["last_reward"], out["running_reward"])
-                reward = model.clamp_to_data("reward", reward)
+                reward = clamp("reward", reward)
             for name, x in zip(steps, (actions, reward, terminated, out["uncertainty"], valid),
                                strict=True):  # fmt: skip
                 steps[name].append(x)
@@ -261,8 +267,8 @@ def by_depth(
     Returns:
         Lists of H numbers, over the rollouts that have not ended before: monte_carlo, the mean
         discounted return from step h on in the simulator; value_true and spread_true, mean and
-        standard deviation over the critics of Q at the simulator's states; value_imagined,
-        spread_imagined: at those that LOGO imagines from the same starts.
+        standard deviation over the critics (None of one) of Q at the simulator's states;
+        value_imagined, spread_imagined: at those that LOGO imagines from the same starts.
     """
     generator = torch.Generator(data.obs.device).manual_seed(0)
     policy = learner.ema_actor.greedy
@@ -287,7 +293,7 @@ def by_depth(
             x = (rollout["obs"][h], rollout["state"][h], rollout["actions"][h])
             q = learner.critic(*(part[valid] for part in x))  # (K,B)
             value.append(q.mean().item())
-            spread.append(q.std(0).mean().item())
+            spread.append(q.std(0).mean().item() if len(q) > 1 else None)
         measured |= {f"value_{name}": value, f"spread_{name}": spread}
     return measured
 

@@ -11,6 +11,7 @@ import io
 import math
 import platform
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -64,7 +65,7 @@ class Result:
 
     @property
     def key(self) -> tuple:
-        """Two rows with the same key are the same experiment: the later one replaces the other."""
+        """Rows with the same key are of one experiment: `record` replaces all of them together."""
         return self.method, self.variant, self.env_id, self.backend, self.quality, self.seed
 
 
@@ -88,7 +89,7 @@ class Depth:
     @property
     def key(self) -> tuple:
         """As `Result.key`."""
-        return self.method, self.variant, self.env_id, self.quality, self.seed, self.step
+        return self.method, self.variant, self.env_id, self.quality, self.seed
 
 
 @dataclasses.dataclass
@@ -144,7 +145,7 @@ class Point:
     @property
     def key(self) -> tuple:
         """As `Result.key`."""
-        return self.method, self.env_id, self.trained_on, self.tested_on, self.seed, self.row
+        return self.method, self.env_id, self.trained_on, self.tested_on, self.seed
 
 
 @dataclasses.dataclass
@@ -171,7 +172,7 @@ class Bin:
     @property
     def key(self) -> tuple:
         """As `Result.key`."""
-        return self.method, self.env_id, self.quality, self.seed, self.x, self.y
+        return self.method, self.env_id, self.quality, self.seed
 
 
 def depths(values: dict[str, list], row: Result) -> list[Depth]:
@@ -218,7 +219,7 @@ def result(final: dict, method: str, variant: str, quality: str, machine: str, c
 
 
 def record(path: Path, *new: Result | Depth | Error | Point | Bin) -> None:
-    """Write rows of one kind into the file, each in place of the one with the same key if any.
+    """Write rows of one kind into the file, in place of all that have the same key as one of them.
 
     Safe to call from several threads of one process.
 
@@ -228,9 +229,16 @@ def record(path: Path, *new: Result | Depth | Error | Point | Bin) -> None:
     """
     with LOCK:
         kind = type(new[0])
-        rows = {row.key: row for row in (read(path, kind) if path.exists() else [])}
-        rows |= {row.key: row for row in new}
-        write(path, [*rows.values()], kind)
+        old, made = by_key(read(path, kind) if path.exists() else []), by_key(new)
+        write(path, [row for rows in (old | made).values() for row in rows], kind)
+
+
+def by_key(rows: Iterable[T]) -> dict[tuple, list[T]]:
+    """The rows of each experiment."""
+    found: dict[tuple, list[T]] = {}
+    for row in rows:
+        found.setdefault(row.key, []).append(row)
+    return found
 
 
 def write(path: Path, rows: list[T], kind: type[T]) -> None:

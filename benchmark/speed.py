@@ -188,8 +188,8 @@ def training(clock: Clock, mode: str, quick: bool) -> list[Row]:
             for name in part.compilable:
                 how = "reduce-overhead" if device.type == "cuda" and name != "step" else "default"
                 setattr(part, name, torch.compile(getattr(part, name), mode=how))
-    epsilon, half = train.exploration(args, spec), args.batch_size // 2
-    explore = partial(learner.actor.sample, epsilon=epsilon)
+    explore = partial(learner.actor.sample, epsilon=train.exploration(args, spec))
+    n_synthetic = round(args.synthetic_fraction * args.batch_size)
 
     def update_world_model():
         torch.compiler.cudagraph_mark_step_begin()
@@ -197,7 +197,9 @@ def training(clock: Clock, mode: str, quick: bool) -> list[Row]:
 
     def update_policy():
         torch.compiler.cudagraph_mark_step_begin()
-        learner.update(*mix(data.sample(half, rng), model_data.sample(half, rng)), rng)
+        real = data.sample(args.batch_size, rng, args.n_step, args.gamma)
+        imagined = model_data.sample(n_synthetic, rng, args.n_step, args.gamma)
+        learner.update(*mix(real, imagined), rng)
 
     def imagine():
         torch.compiler.cudagraph_mark_step_begin()
@@ -208,7 +210,7 @@ def training(clock: Clock, mode: str, quick: bool) -> list[Row]:
     row = Row("", "LOGO", TASK, mode=mode, agents=n, unit="updates/s")
     rows = [dataclasses.replace(row, what=what) for what in TRAINING]
     rows[0].batch, rows[0].parameters = args.wm_batch_size, parameters(world_model)
-    rows[1].batch = args.batch_size
+    rows[1].batch = args.batch_size + n_synthetic
     rows[1].parameters = parameters(learner.actor) + parameters(learner.critic)
     rows[2].batch, rows[2].horizon = args.rollout_batch_size, args.horizon
     rows[2].unit, imagined = "rows/s", args.rollout_batch_size * args.horizon

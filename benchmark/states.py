@@ -103,7 +103,8 @@ def coverage(runs: tuple[Path, ...], episodes: int = 64, results: Path = VISITS)
     standardise, rows = standardiser(data), data.train
     recorded = standardise("state", data.state[rows]).numpy()
     mean, components = axes(recorded)
-    seen = {("data", args["seed"]): ((recorded - mean) @ components.T, data.reward[rows].numpy())}
+    of_data = (recorded - mean) @ components.T, data.reward[rows].numpy()
+    seen = {("data", stored["args"]["seed"]): of_data for _, _, stored in known}
     env = envs.make(args["env_id"], min(episodes, 64), backend)
     try:
         for run, policy, stored in tqdm(known, desc="playing", unit="run"):

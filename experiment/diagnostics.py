@@ -118,8 +118,8 @@ def one_step_errors(model, data: OfflineDataset) -> dict[str, float]:
     Returns:
         obs_mse, state_mse, reward_mse: of the model's prediction.
         persistence_obs_mse, persistence_state_mse: of predicting that nothing changes.
-        vanished_recorded, vanished_imagined: share of the state's entries that were not 0 and are
-            so one step later, e.g. those of a unit that dies.
+        vanished_recorded, vanished_imagined: share of the state's entries that are not 0 and become
+            0 in a step, e.g. those of a unit that dies.
         u_error_spearman: rank correlation of the uncertainty with the true error of s', for models
             that have an uncertainty.
         direct_state_mse, direct_reward_mse: of the direct prediction by E_ps; LogoWM only.
@@ -220,7 +220,7 @@ def rollout_sanity(
 
     Returns:
         imagined_reward_per_step, real_reward_per_step: means.
-        finite: whether every number of the rollouts is finite.
+        finite: whether every number of the rollouts is finite, also after their ends.
         states_in_range: share of the imagined values of s within the data's range.
         forbidden_actions: share of the agents' actions that the model said were not available.
     """
@@ -229,7 +229,7 @@ def rollout_sanity(
     rows = data.train[torch.randint(len(data.train), (count,), generator=generator, device=device)]
     out = model.imagine(bc_actor.sample, data.gather(rows), horizon, generator)
     valid = out["valid"].bool()  # (H,B)
-    state = out["state"]
+    state = out["state"][1:][valid]
     in_range = (state >= statistics["state_min"]) & (state <= statistics["state_max"])
     forbidden = 0.0
     if out.get("avail") is not None:

@@ -15,7 +15,7 @@ import behaviour
 import datasets
 import envs
 from buffer import OfflineDataset
-from experiment.diagnostics import replay, uncertainty_and_error
+from experiment.diagnostics import replay, uncertainty_and_error, windows
 from experiment.folder import read_checkpoint
 from experiment.watch import check_picture, gif
 from logo_wm import LogoWM
@@ -101,12 +101,10 @@ def make_model(args: dict, data: OfflineDataset, weights: dict) -> LogoWM:
 
 def window(data: OfflineDataset, steps: int, seed: int) -> list[int]:
     """The rows of steps + 1 states of a held-out episode."""
-    rows = data.held_out.numpy()
-    last = len(rows) - steps
-    starts = [k for k in range(max(0, last)) if rows[k + steps - 1] == rows[k] + steps - 1]
-    if not starts:
+    starts = windows(data.held_out, steps).numpy()
+    if len(starts) == 0:
         raise ValueError(f"--steps {steps}: no held-out episode is as long; give fewer.")
-    first = int(rows[np.random.default_rng(seed).choice(starts)])
+    first = int(np.random.default_rng(seed).choice(starts))
     return list(range(first, first + steps + 1))
 
 

@@ -62,15 +62,17 @@ def check_args(args) -> None:
         raise ValueError(f"--env-id is {args.env_id!r}: give a task's name, such as 3s_vs_5z.")
     if args.threads > (cores := os.cpu_count()):
         raise ValueError(f"--threads is {args.threads}: this machine has {cores} cores.")
-    if args.synthetic_fraction > 0 and round(args.synthetic_fraction * args.batch_size) == 0:
+    imagined = round(args.synthetic_fraction * args.batch_size)
+    if args.synthetic_fraction > 0 and imagined == 0:
         raise ValueError(
             f"--synthetic-fraction {args.synthetic_fraction} of --batch-size {args.batch_size} is "
             "less than a row: give 0 for MACQL, or more."
         )
-    if args.imagined_rows == "instead" and args.synthetic_fraction == 1:
+    if args.imagined_rows != "added" and imagined == args.batch_size:
         raise ValueError(
-            "--imagined-rows instead with --synthetic-fraction 1 leaves no real row, and cloning "
-            "and conservatism are on these alone: give a smaller share, or --imagined-rows added."
+            f"--imagined-rows {args.imagined_rows} with --synthetic-fraction "
+            f"{args.synthetic_fraction:g} leaves no real row, and cloning is on these alone: give "
+            "a smaller share, or --imagined-rows added."
         )
     if args.uncertainty == "penalty" and args.u_scale == 0:
         raise ValueError("--uncertainty penalty: give --u-scale, 1 / lambda of Eq. (1), e.g. 0.2.")
@@ -136,7 +138,7 @@ def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
 
 def waiting(args) -> int:
     """Updates in which the critic learns alone, from real rows (D26)."""
-    return round(args.critic_first * args.updates)
+    return round(args.critic_first * args.updates) if args.critic == "cql" else 0
 
 
 def collections(args) -> int:

@@ -121,12 +121,12 @@ class Run:
                 if (k + 1) % LOG_EVERY == 0 or k + 1 == total:
                     self._write(name, k + 1, self._look(title, k + 1))
                     self._history.clear()
-                    now = time.time()
-                    self.seconds[name] += now - self._since - self._aside
-                    self._since, self._aside = now, 0.0
                 due = (time.time() - self._saved) * CHECKPOINT_SHARE >= self._save_seconds
                 if due or signals or k + 1 == total:
                     self._look(title, k + 1)  # no checkpoint of numbers that are not finite
+                    now = time.time()
+                    self.seconds[name] += now - self._since - self._aside
+                    self._since, self._aside = now, 0.0
                     self.save()
                 if signals:
                     raise Interrupted(*signals)

@@ -75,6 +75,21 @@ def test_alike_weights_are_macql_with_less_alpha(parts):
     assert ours.item() == pytest.approx(full.item(), rel=1e-4)
 
 
+def test_beta_learns_from_real_rows_alone(parts):
+    data, spec, batch, args = parts
+    args.updates, learners = 8, []
+    for shift in (0, 1):  # other actions in the imagined rows
+        torch.manual_seed(0)
+        learners.append(cfcql.make_learner(args, spec, data))
+        actions = batch.actions.clone()
+        actions[3:] = actions[3:].roll(shift, -1)
+        mixed = batch._replace(actions=actions, avail=torch.ones_like(batch.avail))
+        is_real = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+        learners[-1].update(mixed, is_real, torch.Generator().manual_seed(0))
+    first, second = (x.beta.state_dict() for x in learners)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("conservative", ["logsumexp", "expectation"])
 def test_continuous_counterfactuals_replace_one_agent_at_a_time(conservative):
     torch.manual_seed(0)

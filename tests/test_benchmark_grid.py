@@ -146,6 +146,18 @@ def test_a_ceiling_runs_the_oracle_and_keeps_values_by_depth(tmp_path, trainings
     }
 
 
+def test_a_run_without_its_values_by_depth_is_refused(tmp_path, trainings):
+    """It was stopped between final.json and depth.json."""
+    where = {"out": tmp_path / "runs", "results": tmp_path / "ceiling.csv"}
+    run = ("3s_vs_5z",), ("medium",), ("simulator",), (1,)
+    grid.ceiling(*run, **where)
+    next((tmp_path / "runs").glob("*/depth.json")).unlink()
+    (tmp_path / "ceiling.csv").unlink()
+    with pytest.raises(ValueError, match="depth.json was not written: delete its folder"):
+        grid.ceiling(*run, **where)
+    assert not (tmp_path / "ceiling.csv").exists()
+
+
 def test_a_variant_is_spelled_by_what_differs(tmp_path):
     def variant(flags):
         return grid.plan(["3s_vs_5z"], ["medium"], ["logo"], [1], flags, tmp_path)[0].variant

@@ -1,6 +1,8 @@
 """The true simulator as a world model: it starts in recorded rows, and LOGO can replace it."""
 
+import dataclasses
 import json
+import math
 from functools import partial
 
 import numpy as np
@@ -30,10 +32,11 @@ def smax(tmp_path_factory):
     return load("3s_vs_5z", "mixed", 2 * SLOTS - 1, tmp_path_factory.mktemp("smax"))
 
 
-def make_model(env_id: str, data):
+def make_model(env_id: str, data, **flags):
     spec = envs.make(env_id).spec
     torch.manual_seed(0)
-    return train.make_world_model(train.defaults(env_id), spec, data)
+    args = dataclasses.replace(train.defaults(env_id), **flags)
+    return train.make_world_model(args, spec, data)
 
 
 def uniform(obs, avail, generator):
@@ -58,9 +61,10 @@ def test_smax_goes_on_from_recorded_rows(smax):
     assert torch.cat(near).float().mean() > 0.9 and torch.cat(ended).float().mean() > 0.95
 
 
-def test_all_parts_by_the_model_are_the_model(smax):
+@pytest.mark.parametrize("flags", [{}, {"clamp": False}, {"heads": False}])
+def test_all_parts_by_the_model_are_the_model(smax, flags):
     data, metadata = smax
-    model = make_model("3s_vs_5z", data)
+    model = make_model("3s_vs_5z", data, **flags)
     replaced = oracle.Oracle(model, oracle.Smax(data, metadata), data, oracle.PARTS)
     starts = data.sample(SLOTS, torch.Generator().manual_seed(1))
     g, same = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
@@ -68,6 +72,15 @@ def test_all_parts_by_the_model_are_the_model(smax):
     torch.randint(2**31, (), generator=same)  # the simulator's seed
     for name, x in model.imagine(uniform, starts, 4, same).items():
         assert torch.equal(out[name], x), name
+
+
+def test_one_critic_has_no_spread(smax):
+    data, metadata = smax
+    args = dataclasses.replace(train.defaults("3s_vs_5z"), hidden=8, updates=8, critics=1)
+    learner = train.make_learner(args, envs.make("3s_vs_5z").spec, data)
+    model, simulator = make_model("3s_vs_5z", data), oracle.Smax(data, metadata)
+    found = oracle.by_depth(learner, model, simulator, data, 0.9, 2, count=SLOTS, tail=2)
+    assert found["spread_true"] == [None, None] and all(map(math.isfinite, found["value_true"]))
 
 
 def test_a_robot_goes_on_from_recorded_rows(tmp_path):

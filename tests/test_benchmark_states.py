@@ -1,5 +1,7 @@
 """The plane of states, predictions in it, and where policies go."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -71,14 +73,16 @@ def test_every_step_is_in_one_square():
 
 def test_coverage_of_two_runs(dataset, tmp_path, undrawn, capsys):
     given = [*TINY, "--dataset", str(dataset)]
-    for method, more in (("logo", []), ("macql", ["--synthetic-fraction", "0"])):
+    for method, more in (("logo", []), ("macql", ["--synthetic-fraction", "0", "--seed", "2"])):
         train.main(train.parse([*given, *more, "--out", str(tmp_path / method)]))
     file = tmp_path / "visits.csv"
     cli(["coverage", "--runs", *(str(tmp_path / m) for m in ("logo", "macql")),
          "--episodes", "8", "--results", str(file)])  # fmt: skip
     rows = read(file, Bin)
-    assert [*dict.fromkeys(r.method for r in rows)] == ["data", "logo", "macql"]
-    data = [r for r in rows if r.method == "data"]
+    of = [*dict.fromkeys((r.method, r.seed) for r in rows)]
+    assert of == [("data", 1), ("data", 2), ("logo", 1), ("macql", 2)]
+    assert states.coverage_table(rows, {}).count("the data") == 2
+    data = [r for r in rows if r.method == "data" and r.seed == 1]
     loaded = train.load_dataset(dataset, 0.05, 0, torch.device("cpu"), "3s_vs_5z")[0]
     assert sum(r.visits for r in data) == len(loaded.train)
     paid = sum(r.visits * r.reward_mean for r in data)
@@ -101,9 +105,10 @@ def test_steps_beyond_the_data_are_counted():
     assert [x.strip() for x in logo.split("|")][4:9] == ["LOGO", "4", "2", "25.0%", "1.500"]
 
 
-def test_a_row_replaces_its_older_self(tmp_path):
+def test_rows_replace_all_of_the_same_experiment(tmp_path):
+    """Squares of another plane must not stay beside new ones."""
     file, row = tmp_path / "visits.csv", Bin("a", "x", "q", 1, 0, 0, 0, 0, 1, 1, 5, 0.5, "c")
-    other = Bin("a", "x", "q", 1, 0, 1, 0, 1, 1, 1, 7, 0.5, "c")
-    record(file, row, other)
-    record(file, Bin("a", "x", "q", 1, 0, 0, 0, 0, 1, 1, 6, 0.5, "d"))
-    assert [(r.y, r.visits) for r in read(file, Bin)] == [(0, 6), (1, 7)]
+    square = dataclasses.replace(row, y=1, visits=7)
+    record(file, row, square, dataclasses.replace(row, seed=2))
+    record(file, dataclasses.replace(row, visits=6, commit="d"))
+    assert [(r.seed, r.y, r.visits) for r in read(file, Bin)] == [(1, 0, 6), (2, 0, 5)]

@@ -163,6 +163,25 @@ def test_checkpoints_are_due_by_their_cost(go, toy, monkeypatch):
     assert len(saved) == 4
 
 
+def test_a_checkpoint_counts_the_time_of_all_its_updates(go, toy, monkeypatch):
+    saved, save = [], tracking.Run.save
+    monkeypatch.setattr(
+        tracking.Run, "save",
+        lambda run: (saved.append((run.progress.copy(), run.seconds.copy())), save(run)),
+    )  # fmt: skip
+    monkeypatch.setattr(tracking, "CHECKPOINT_SHARE", math.inf)  # after each update
+    go(*toy)
+    before = [(updates, s["clone"]) for p, s in saved for updates in [p["clone"]] if p["wm"] == 0]
+    assert [updates for updates, _ in before] == [0, 1, 2, 3, 4, 5, 6]  # LOG_EVERY is larger
+    assert all(x < y for (_, x), (_, y) in zip(before, before[1:], strict=False))
+
+
+def test_a_clone_does_not_wait_for_a_critic():
+    args = train.Args(updates=8, critic_first=0.25)
+    assert setup.waiting(args) == 2
+    assert setup.waiting(dataclasses.replace(args, critic="none")) == 0
+
+
 FLAGS = [
     "--deduce-from obs", "--deduce-from obs+state", "--no-heads", "--no-clamp", "--no-zeros",
     "--draw-zeros",
@@ -277,6 +296,7 @@ BAD = {
     "--synthetic-fraction nan": "--synthetic-fraction is nan",
     "--synthetic-fraction 0.01": "less than a row",
     "--synthetic-fraction 1 --imagined-rows instead": "leaves no real row",
+    "--synthetic-fraction 0.99 --imagined-rows printed": "leaves no real row",
     "--lr -0.1": "--lr is -0.1",
     "--gamma inf": "--gamma is inf",
     "--uncertainty penalty --u-scale 0": "give --u-scale",
