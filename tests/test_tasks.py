@@ -64,7 +64,7 @@ def starcraft_run(tmp_path_factory):
         pytest.skip("the public recording of StarCraft II's 3m does not lie beside the project")
     out = tmp_path_factory.mktemp("starcraft") / "run"
     flags = ["--env-id", "3m", "--dataset", str(STARCRAFT), "--out", str(out)]
-    enough = "--updates 20 --wm-updates 200 --hidden 64 --wm-batch-size 64 --lr 0.003"
+    enough = "--updates 20 --wm-updates 100 --hidden 64 --wm-batch-size 64 --lr 0.003"
     return train.cli([*TINY, *flags, *enough.split()]), out
 
 
