@@ -116,7 +116,7 @@ class Args:
     # Policy, Phase 3
     updates: int | None = None
     """gradient steps on the critic, and on the clone; the policy waits at first (D26); None: 12
-    passes over D, at most 4,000 [ours; Table 8: 10^7 steps, read as rows]"""
+    passes over D, but 1,000 to 4,000 [ours; Table 8: 10^7 steps, read as rows]"""
     batch_size: int = 128
     """B, rows per step [Table 8]"""
     synthetic_fraction: float = 0.5

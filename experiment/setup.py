@@ -26,7 +26,7 @@ from logo_wm import LogoWM
 from macql import Actor, Critic
 from simulators import starcraft
 
-PASSES, MOST_UPDATES = 12, 4_000  # of --updates, where it is not given
+PASSES, FEWEST_UPDATES, MOST_UPDATES = 12, 1_000, 4_000  # of --updates, where it is not given
 EVALUATIONS = 16  # during training, where --eval-every is not given
 STARCRAFT_GAMES = 4  # processes of StarCraft II side by side, each with a gigabyte of memory
 SHARES = ("synthetic_fraction", "gamma", "tau", "critic_first")
@@ -186,7 +186,8 @@ def settle(args, data: OfflineDataset):
 
     A pass over D is as many updates as it has batches of training transitions.
     """
-    updates = args.updates or min(MOST_UPDATES, PASSES * len(data.train) // args.batch_size or 1)
+    by_passes = PASSES * len(data.train) // args.batch_size
+    updates = args.updates or min(MOST_UPDATES, max(FEWEST_UPDATES, by_passes))
     every = args.eval_every or math.ceil(updates / EVALUATIONS)
     return dataclasses.replace(args, updates=updates, eval_every=every)
 
