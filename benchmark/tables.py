@@ -34,7 +34,7 @@ from benchmark.speed_tables import speed_tables
 from benchmark.states import coverage_table
 from benchmark.timing import Row
 from envs import PAPER_MUJOCO, PAPER_SMAC
-from experiment.report import over_seeds
+from experiment.report import mean_and_interval, over_seeds
 
 TEXTS = tuple(
     ROOT / name
@@ -104,10 +104,16 @@ def group(rows: Iterable[Result]) -> Groups:
 
 
 def over(runs: Runs, value: str, digits: int = 2) -> str:
-    """Mean ± interval of a column of `Result`, over the seeds that have one; else empty."""
+    """Mean ± interval of a column of `Result` over the seeds that have one, with their number where
+    others have none; empty where none has."""
     found = [getattr(row, value) for row in runs.values()]
     found = [x for x in found if x is not None]
-    return over_seeds(found, digits) if found else ""
+    return over_seeds(found, digits) + of_all(found, runs) if found else ""
+
+
+def of_all(found: list, runs: Runs) -> str:
+    """The number of values in brackets, where there are fewer than runs."""
+    return f" ({len(found)})" if len(found) < len(runs) else ""
 
 
 def win_rate(runs: Runs) -> str:
@@ -135,6 +141,14 @@ def paired_difference(a: Runs, b: Runs) -> tuple[list[float], tuple[float, float
     means = np.random.default_rng(0).choice(differences, shape).mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return differences, (float(low), float(high))
+
+
+def students_interval(differences: list[float]) -> str:
+    """The 95 % interval of their mean by Student's t; empty for less than two."""
+    if len(differences) < 2:
+        return ""
+    mean, half = mean_and_interval(differences)
+    return f"{mean - half:+.2f} to {mean + half:+.2f}"
 
 
 def by_cell(groups: Groups) -> dict[Cell, dict[str, Runs]]:
@@ -185,12 +199,13 @@ def field(groups: Groups) -> str:
 
 
 def field_differences(groups: Groups) -> str:
-    """LOGO minus each other method in the cells of `field`, over the seeds that both have."""
+    """LOGO minus each other method in the cells of `field`; in brackets the number of seeds that
+    both have, and the interval over them."""
 
     def difference(by_method: dict[str, Runs], other: str) -> str:
         by_seed, interval = paired_difference(by_method.get("logo", {}), by_method.get(other, {}))
-        mean = f"{np.mean(by_seed):+.2f}" if by_seed else ""
-        return f"{mean} ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else mean
+        bounds = f": {interval[0]:+.2f} to {interval[1]:+.2f}" if interval else ""
+        return f"{np.mean(by_seed):+.2f} ({len(by_seed)}{bounds})" if by_seed else ""
 
     cells = cells_of_baselines(groups)
     others = [method for method in (*METHODS, *BASELINES) if method != "logo"]
@@ -234,12 +249,13 @@ def gains(groups: Groups, plain: bool) -> str:
             each = ", ".join(f"{x:+.2f}" for x in by_seed)
             known = [row for row in runs.values() if row.clone_return is not None]
             above = [row.return_mean - row.clone_return for row in known]
-            gain = f"{np.mean(above):+.2f}" if above else ""
+            gain = f"{np.mean(above):+.2f}{of_all(above, runs)}" if above else ""
             flags = [] if plain else [code(variant)]
-            lines.append([*cell, *flags, len(by_seed), mean, bounds, each, gain])
+            both = bounds, students_interval(by_seed)
+            lines.append([*cell, *flags, len(by_seed), mean, *both, each, gain])
     return table(
         ["task", "simulator", "data", *([] if plain else ["flags"]), "seeds", "LOGO - MACQL",
-         "95 % interval", "by seed", "LOGO - cloning"],
+         "bootstrap interval", "Student's interval", "by seed", "LOGO - cloning"],
         lines,
     )  # fmt: skip
 
@@ -294,7 +310,7 @@ def world_model(groups: Groups) -> str:
     """One line per group that trained a world model: its one-step errors."""
     lines = []
     for (cell, variant, method), runs in groups.items():
-        if all(row.state_mse is not None for row in runs.values()):
+        if any(row.state_mse is not None for row in runs.values()):
             states = ("state_mse", "direct_state_mse", "persistence_state_mse")
             rewards = ("reward_mse", "direct_reward_mse")
             lines.append([

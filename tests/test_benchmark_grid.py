@@ -217,6 +217,14 @@ def test_means_have_students_interval():
     assert "| 3m | offline |" in made["scores"] and "not evaluated" in made["scores"]
 
 
+def test_means_say_of_how_many_runs_they_are():
+    rows = [row("logo", 1, 4.0, clone_return=2.0), row("logo", 2, 6.0, clone_return=None)]
+    rows += [row("macql", s, 3.0) for s in (1, 2)]
+    groups = tables.group(rows)
+    assert "| 2.00 (1) |" in tables.scores(groups) and "| 2.00 (1) |" in tables.comparison(groups)
+    assert tables.differences(groups).endswith("| +1.00, +3.00 | +2.00 (1) |")
+
+
 def test_differences_are_paired_by_seed():
     groups = tables.group(ROWS)
     cell = tables.Cell("3s_vs_5z", "smax", "medium")
@@ -225,7 +233,9 @@ def test_differences_are_paired_by_seed():
     assert by_seed == [0.5, -0.5]  # seeds 1 and 2; 3 and 4 have no partner
     draws = np.random.default_rng(0).choice(by_seed, (tables.BOOTSTRAP_DRAWS, 2)).mean(1)
     assert (low, high) == tuple(np.quantile(draws, (0.025, 0.975))) == (-0.5, 0.5)
-    assert "+0.50, -0.50" in tables.differences(groups)
+    half = scipy.stats.t.ppf(0.975, 1) * 0.5  # times sqrt(1/2), over sqrt(2)
+    both = f"| +0.00 | -0.50 to +0.50 | {-half:+.2f} to {half:+.2f} | +0.50, -0.50 |"
+    assert both in tables.differences(groups)
     assert tables.paired_difference(a, {1: b[1]}) == ([0.5], None)
 
 
@@ -321,7 +331,7 @@ def test_the_field_pairs_equal_seeds():
     assert returns["MACQL"] == "7.00 (1)" and returns["CFCQL"] == "6.00 (1)"
     assert returns["LOGO"].startswith("6.50 ±") and returns["LOGO"].endswith("(2)")
     assert returns["OMIGA"] == "not run" and returns["the data"] == "14.00"
-    assert less["MACQL"] == "+1.00" and less["OMAR"] == "+4.00"  # seed 2 alone
+    assert less["MACQL"] == "+1.00 (1)" and less["OMAR"] == "+4.00 (1)"  # seed 2 alone
     assert less["CFCQL"] == less["OMIGA"] == "" and "LOGO" not in less
 
 
