@@ -1,13 +1,17 @@
-"""Tables of the paper's ablations: the use of the uncertainty (Table 6), the horizon (Table 7).
+"""Tables of the paper's ablations: the use of the uncertainty (Table 6), the horizon (Table 7); and
+one of the size of the data.
 
 python -m benchmark grid --methods logo --env-ids Hopper-3x1 --qualities medium --variants="
     ; --uncertainty none; --uncertainty shuffled; --uncertainty penalty --u-scale 30"
 python -m benchmark grid --methods logo direct --env-ids 6h_vs_8z --qualities medium --variants="
     ; --horizon 5; --horizon 10; --horizon 20"
+python -m benchmark grid --env-ids 3s_vs_5z --qualities medium-replay --variants="
+    ; --episodes 60; --episodes 200"
 """
 
 import re
 
+from behaviour import default_episodes
 from benchmark.markdown import code, table
 from benchmark.rows import Error
 from experiment.report import over_seeds
@@ -78,3 +82,28 @@ def horizons(groups: dict, errors: list[Error], names: dict[str, str], usual: in
             text.append([*cell, code(rest), names.get(method, method), *runs, error])
     columns = [f"H = {h}" for h in HORIZONS]
     return table(["task", "simulator", "data", "flags", "method", *columns, "error of r'"], text)
+
+
+def sizes(groups: dict) -> str:
+    """One line per cell and number of recorded episodes, where there are several numbers.
+
+    Args:
+        groups: of `tables.group`.
+    """
+    lines: dict[tuple, dict[int, dict[str, dict]]] = {}
+    for (cell, variant, method), runs in groups.items():
+        found = re.fullmatch(r"(?:--episodes (\d+))?", variant)
+        if found and method in ("macql", "logo"):
+            episodes = int(found[1] or default_episodes(cell.env_id))
+            lines.setdefault(cell, {}).setdefault(episodes, {})[method] = runs
+    text = []
+    for cell, by_size in lines.items():
+        for episodes, by_method in sorted(by_size.items() if len(by_size) > 1 else ()):
+            macql, logo = (by_method.get(method, {}) for method in ("macql", "logo"))
+            both = [seed for seed in logo if seed in macql]
+            gains = [f"{logo[s].return_mean - macql[s].return_mean:+.2f}" for s in both]
+            clones = [row.clone_return for row in macql.values() if row.clone_return is not None]
+            cloning = over_seeds(clones) if clones else ""
+            text.append([*cell, episodes, cloning, returns(macql), returns(logo), ", ".join(gains)])
+    columns = ["episodes", "behaviour cloning", "MACQL", "LOGO", "LOGO - MACQL, by seed"]
+    return table(["task", "simulator", "data", *columns], text)

@@ -13,7 +13,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from behaviour import Quality
-from benchmark.ablations import horizons, uncertainty
+from benchmark.ablations import horizons, sizes, uncertainty
 from benchmark.grid import BASELINES, METHODS, ORACLES, WORLD_MODELS
 from benchmark.iqm import iqm_table
 from benchmark.markdown import code, fill_files, table
@@ -401,7 +401,7 @@ def results_tables(rows: list[Result]) -> dict[str, str]:
     """All tables of results by the names that the texts' markers use."""
     groups = group(rows)
     makers = (comparison, field, field_differences, scores, differences, variants, aggregate,
-              uncertainty, world_model, origin)  # fmt: skip
+              uncertainty, sizes, world_model, origin)  # fmt: skip
     made = {make.__name__.replace("_", "-"): make(groups) for make in makers}
     return made | {"iqm": iqm_table(groups, NAMES)}
 

@@ -362,6 +362,20 @@ def test_uses_of_u_and_horizons_stand_side_by_side():
     assert without_u[3:8] == ["`--uncertainty none`", "LOGO", "99.00", "not run", "7.00"]
 
 
+def test_sizes_of_the_data_stand_below_each_other():
+    rows = [
+        row(seed=1, mean=9.0), row("macql", 1, 8.0), row("macql", 2, 6.0, clone_return=None),
+        row(seed=2, mean=3.0, variant="--episodes 60"),
+        row("macql", 2, 5.0, variant="--episodes 60", clone_return=1.5),
+        row(seed=2, mean=77.0, variant="--episodes 60 --n-step 1"),
+        row(mean=1.0, env_id="2s3z"),  # one size alone
+    ]  # fmt: skip
+    _, _, *lines = tables.sizes(tables.group(rows)).splitlines()
+    few, usual = ([x.strip() for x in line.split("|")[4:-1]] for line in lines)
+    assert few == ["60", "1.50", "5.00", "3.00", "-2.00"]
+    assert usual[0] == "600" and usual[3:] == ["9.00", "+1.00"] and usual[2].endswith("(2)")
+
+
 def test_the_ceiling_has_a_column_for_each_content_of_d_m():
     rows = [
         row("macql", mean=1.0), row("simulator", mean=2.0), row("simulator-end", mean=3.0),
