@@ -103,7 +103,7 @@ def sizes(groups: dict) -> str:
             both = [seed for seed in logo if seed in macql]
             gains = [f"{logo[s].return_mean - macql[s].return_mean:+.2f}" for s in both]
             clones = [row.clone_return for row in macql.values() if row.clone_return is not None]
-            cloning = over_seeds(clones) if clones else ""
+            cloning = f"{over_seeds(clones)} ({len(clones)})" if clones else ""
             text.append([*cell, episodes, cloning, returns(macql), returns(logo), ", ".join(gains)])
     columns = ["episodes", "behaviour cloning", "MACQL", "LOGO", "LOGO - MACQL, by seed"]
     return table(["task", "simulator", "data", *columns], text)

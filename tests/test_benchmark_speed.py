@@ -12,6 +12,7 @@ from benchmark.ensemble import Ensemble, load_kit
 from benchmark.rows import read, write
 from benchmark.speed_tables import TRAINING, exponent, speed_tables
 from benchmark.timing import Clock, Entry, Row, count_flop
+from macql import MACQL
 
 
 def test_flop_of_a_layer_forwards_and_backwards():
@@ -84,18 +85,26 @@ def test_growth_is_the_fitted_exponent():
 def measured(tmp_path_factory):
     """A row of another machine, which lay there, and those of one measurement in tiny sizes."""
     out, threads = tmp_path_factory.mktemp("speed") / "speed.csv", torch.get_num_threads()
+    sizes, update = set(), MACQL.update
     there = Row("to be kept", "LOGO", device="cpu", machine="another", threads=1)
     here = dataclasses.replace(there, what="to be replaced", machine=speed.machine("cpu"))
     write(out, [here, there], Row)
-    speed.speed("cpu", quick=True, out=out)
+
+    def watched(learner, batch, is_real, generator):
+        sizes.add((len(batch.reward), int(is_real.sum()), batch.steps.max().item() > 1))
+        return update(learner, batch, is_real, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MACQL, "update", watched)
+        speed.speed("cpu", quick=True, out=out)
     torch.set_num_threads(threads)
     first, *rows = read(out, Row)
     assert first == there
-    return first, rows
+    return first, rows, sizes
 
 
 def test_speed_writes_finite_positive_numbers(measured):
-    _, rows = measured
+    _, rows, _ = measured
     for row in rows:
         for name in ("seconds", "rate", "gflops", "share_of_peak", "parameters", "peak_memory_mb"):
             value = getattr(row, name)
@@ -106,7 +115,7 @@ def test_speed_writes_finite_positive_numbers(measured):
 
 
 def test_speed_measures_rivals_growth_and_training(measured):
-    _, rows = measured
+    _, rows, _ = measured
     raced = {row.implementation for row in rows if row.what == "imagine" and row.task == "2s3z"}
     assert raced == {"LOGO"} | {f"ensemble 7 x [16]*4, {how}" for how in ("batched", "looped")}
     assert {row.grows for row in rows} == {"", *speed.AXES}
@@ -114,8 +123,14 @@ def test_speed_measures_rivals_growth_and_training(measured):
     assert {row.what for row in trained} == set(TRAINING) and len(trained) == 3
 
 
+def test_the_policy_is_timed_on_the_batches_of_train(measured):
+    _, rows, sizes = measured
+    assert sizes == {(12, 8, True)}  # 4 imagined rows beside 8 real ones, several steps each
+    assert [row.batch for row in rows if row.what == TRAINING[1] and not row.grows] == [12]
+
+
 def test_rows_of_another_machine_are_kept(measured):
-    there, rows = measured
+    there, rows, _ = measured
     assert (there.what, there.machine) == ("to be kept", "another")
     assert {row.machine for row in rows} == {speed.machine("cpu")}
     assert "to be replaced" not in {row.what for row in rows}
