@@ -185,8 +185,8 @@ PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": F
 def defaults(env_id: str, paper: bool = False, kind: type[Args] = Args) -> Args:
     """The flags' defaults for a task: other ones for continuous actions and with --paper."""
     args = kind(env_id=env_id, paper=paper, episodes=default_episodes(env_id))
-    continuous = CONTINUOUS if envs.is_robot(env_id) else {}
-    return dataclasses.replace(args, **(continuous | (PAPER if paper else {})))
+    robot = CONTINUOUS | getattr(kind, "ON_ROBOTS", {}) if envs.is_robot(env_id) else {}
+    return dataclasses.replace(args, **(robot | (PAPER if paper else {})))
 
 
 # --------------------------------------------------------------------------------------------------

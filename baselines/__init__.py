@@ -16,6 +16,7 @@ must offer.
 import sys
 from collections.abc import Callable
 
+import envs
 import train
 from datasets import one_sentence
 from experiment.folder import OWNED
@@ -30,7 +31,8 @@ def run(
     Args:
         name: of the baseline's file; names the method in the run's folder and report.
         kind: its flags. Those named in its NO_EFFECT belong to parts that it does not have, and are
-            refused.
+            refused, as are those of MAPS_ONLY on robots and of ROBOTS_ONLY on maps. ON_ROBOTS has
+            other defaults for robots.
         self_check: what --self-check runs instead.
         argv: the flags; None: those of the process.
         parts: `learner` or `world_model` for `train.main`.
@@ -45,10 +47,13 @@ def run(
     with one_sentence(f"python {program}"), saying_how_to_go_on(argv, OWNED, program):
         args = train.parse(argv, kind, prog=f"python {program}", description=kind.__doc__)
         usual = train.defaults(args.env_id, kind=kind)
-        for flag in ("paper", *kind.NO_EFFECT):
+        others = getattr(kind, "MAPS_ONLY" if envs.is_robot(args.env_id) else "ROBOTS_ONLY", ())
+        for flag in ("paper", *kind.NO_EFFECT, *others):
             if getattr(args, flag) != getattr(usual, flag):
-                told = flag.replace("_", "-")
-                raise ValueError(f"--{told} has no effect on {name}: leave it out.")
+                told, where = flag.replace("_", "-"), f" on {args.env_id}" * (flag in others)
+                raise ValueError(f"--{told} is not for {name}{where}: leave it out.")
+        if "world_model" in parts and args.synthetic_fraction == 0:
+            raise ValueError("--synthetic-fraction 0 leaves MACQL: run train.py for that.")
         return train.main(args, method=name, **parts)
 
 

@@ -18,8 +18,8 @@ actions: the integral over a_i is taken with the draws of `macql.action_noise`, 
 time, and lambda_i is 1/N, because KL has no exact value there.
 
 Source: https://github.com/thu-rllab/CFCQL at 3441019: discrete/src/learners/cq_learner.py,
-continuous/algorithms/maddpg_cc.py. Its alpha is 0.1 to 50 and its temperature 0 to 100, chosen for
-each dataset.
+continuous/algorithms/maddpg_cc.py. Its alpha is 0.1 to 50 on StarCraft and 0.1 to 1.7 on robots,
+its temperature 0 to 100, chosen for each dataset.
 
 Sizes: B batch, N agents, A action, K critics, M draws.
 """
@@ -43,6 +43,8 @@ class Args(train.Args):
     """CFCQL: a conservative critic that changes one agent's action at a time."""
 
     NO_EFFECT: ClassVar = ("critic", "imagined_rows")
+    MAPS_ONLY: ClassVar = ("temperature",)
+    ON_ROBOTS: ClassVar = {"conservative": "logsumexp"}  # where MACQL takes Eq. (10)'s own term
 
     synthetic_fraction: float = 0.0
     """share of imagined rows; more than 0 puts CFCQL on LOGO's world model [ours]"""

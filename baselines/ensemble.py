@@ -10,11 +10,13 @@ This is the model that LOGO's speed is measured against (paper, Table 5).
 Departures: the learner is MACQL, as for every world model here, instead of SAC; all members see the
 same batches and differ by their initial weights alone [Lakshminarayanan et al., 2017], and all of
 them imagine, instead of the five with the least held-out error; sigma and the error are of
-standardised values, and u is their root mean square in units of the reward's standard deviation,
-so that one lambda serves every task. LOGO's D3, D4 and D11 (heads, clamp, zeros) apply, see
-joint.py: without them no ensemble can show a unit that dies or is out of sight. With D4 MACQL also
-keeps later values within the data's returns: what the penalty costs beyond that reaches the steps
-in the target alone.
+standardised values, and u is their root mean square in units of the reward's standard deviation, so
+that one lambda serves every task; in it sigma^2 counts with the probability that its value is not 0
+(D11), because no likelihood trains it where the value is 0; the likelihood is half of the code's
+and divided by D, as is the pull on the bounds of log sigma^2. LOGO's D3, D4 and D11 (heads, clamp,
+zeros) apply, see joint.py: without them no ensemble can show a unit that dies or is out of sight.
+With D4 MACQL also keeps later values within the data's returns: what the penalty costs beyond that
+reaches the steps in the target alone.
 
 Source: https://github.com/yihaosun1124/OfflineRL-Kit at e3ce697: dynamics/ensemble_dynamics.py,
 run_example/run_mopo.py. Its lambda is 0.5 to 5 and its horizon 1 or 5, chosen for each dataset.
@@ -45,7 +47,8 @@ class Args(train.Args):
     uncertainty: Literal["weight", "penalty", "none"] = "penalty"
     """use of u: reward penalty of MOPO, sampling weight of LOGO's Eq. (7), or none [MOPO]"""
     u_scale: float = 1.0
-    """1 / lambda of the penalty [OfflineRL-Kit: lambda 0.5 to 5]"""
+    """1 / lambda of the penalty; with --uncertainty weight give 0 [OfflineRL-Kit: lambda 0.5 to
+    5]"""
     members: int = 7
     """M, networks [OfflineRL-Kit]"""
     wm_hidden: int = 200
@@ -127,7 +130,8 @@ class Ensemble(nn.Module):
         """
         out, log_var = self.net(self.rows.inputs(obs, state, actions))  # (M,B,...)
         std, values = torch.exp(0.5 * log_var), self.rows.num_values
-        u = std.square().mean(-1).amax(0).sqrt() * self.rows.reward_std  # MOPO Sec. 4.3
+        doubt = std.square() * self.rows.nonzero(out)  # (M,B,D)
+        u = doubt.mean(-1).amax(0).sqrt() * self.rows.reward_std  # MOPO Sec. 4.3
         if generator is None:
             return self.rows.outcome(out.mean(0), obs, state) | {"uncertainty": u}
         row = torch.arange(len(obs), device=obs.device)

@@ -88,6 +88,18 @@ class JointRows(nn.Module):
             parts[2].squeeze(-1),
         )
 
+    def sometimes(self) -> torch.Tensor:
+        """(S+NO,) which entries of s and o are exactly 0 at times (D11)."""
+        return torch.cat([self.state_sometimes_zero, self.obs_sometimes_zero.flatten()])
+
+    def nonzero(self, out) -> torch.Tensor:
+        """Probability (...,B,D) that a value is not 0; 1 for those that are always or never 0."""
+        certain = torch.ones_like(out[..., : self.num_values])
+        if not self.zeros:
+            return certain
+        p = out[..., self.num_values :].sigmoid()
+        return torch.cat([torch.where(self.sometimes(), p, 1.0), certain[..., -1:]], -1)
+
     def nll(self, out, batch, log_var: torch.Tensor | None = None) -> torch.Tensor:
         """-log of the density at the end of each transition, mean over its values: (...,B).
 
@@ -107,7 +119,7 @@ class JointRows(nn.Module):
         if not self.zeros:
             return (error * shown).mean(-1)
         raw = torch.cat([batch.next_state, batch.next_obs.flatten(1)], -1)  # (B,S+NO)
-        sometimes = torch.cat([self.state_sometimes_zero, self.obs_sometimes_zero.flatten()])
+        sometimes = self.sometimes()
         nonzero = torch.where(sometimes, raw != 0, True).to(error)
         shown = torch.cat([shown[:, : s + n * o] * nonzero, shown[:, -1:]], -1)
         logit = out[..., self.num_values :]

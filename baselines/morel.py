@@ -19,9 +19,9 @@ HALT is the end of the episode, and its reward is received once; in the paper HA
 is never left, with reward -kappa at every step. The code keeps the reward of the unknown step and
 adds --truncate-reward, which is 0 in its configurations, and never cuts a path to less than four
 steps. LOGO's D3, D4 and D11 (heads, clamp, zeros) apply, see joint.py; with D4 MACQL also keeps
-later values within the data's returns: what HALT costs beyond that reaches the step itself alone.
-Where s and o have hundreds of numbers, disc differs little from row to row, and with a coefficient
-of 3 many recorded rows are unknown, too; with 1, none of those that it was measured on.
+later values within the data's returns: what HALT costs beyond that reaches the steps in the target
+alone. Where s and o have hundreds of numbers, disc differs little from row to row, and with a
+coefficient of 3 many recorded rows are unknown, too; with 1, none of those that it was measured on.
 
 Source: https://github.com/aravindr93/mjrl at 15bf3c0 (branch v2): projects/morel/run_morel.py,
 mjrl/algos/mbrl/model_based_npg.py, nn_dynamics.py. Its coefficient is 3 for D4RL's hopper-medium
@@ -89,7 +89,7 @@ class MOReL(nn.Module):
         return self.net(self.rows.inputs(obs, state, actions).expand(self.members, -1, -1))
 
     def loss(self, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Sum over the members of half the mean squared error, and the heads' loss."""
+        """Sum over the members of `JointRows.nll`, and the heads' loss."""
         out = self(batch.obs, batch.state, batch.actions)
         error = self.rows.nll(out, batch)  # (M,B)
         assert error.shape == (self.members, len(batch.reward))

@@ -12,15 +12,15 @@ actions: a* is the best action that the cross-entropy method finds, or pi_i(o^i)
 better. Discrete actions: a* is the best available one, and Q_i(o^i, pi_i) an expected value.
 
 Departures, in all of which OMAR is like MACQL here: the policies are one network and start from the
-clone; they stand for target policies, and their moving average is evaluated; the target's value is
-kept in the range of the data's returns; it holds --n-step rewards; target critics follow by 0.05
-per update, step sizes fall to zero, gradients are not clipped; the continuous log-sum-exp weighs a
-draw with the density of the mixture that it is from (the public code subtracts a density where its
-logarithm belongs); imagined rows count in the Bellman error alone. Besides, |pi - a*|^2 is a sum
-over A, as in the paper; the code takes the mean, and adds 1e-3 pi^2. The code for discrete actions
-is of CFCQL's authors: its critics also see the state and share weights, targets are of TD(0.6), the
-log-sum-exp and a* know no unavailable actions, and the actor follows the advantage of the data's
-actions, not Q_i(o^i, pi_i).
+clone and wait while the critics learn alone (D26); they stand for target policies, and their moving
+average is evaluated; the target's value is kept in the range of the data's returns; it holds
+--n-step rewards; target critics follow by 0.05 per update, step sizes fall to zero, gradients are
+not clipped; the continuous log-sum-exp weighs a draw with the density of the mixture that it is
+from (the public code subtracts a density where its logarithm belongs); imagined rows count in the
+Bellman error alone. Besides, |pi - a*|^2 is a sum over A, as in the paper; the code takes the mean,
+and adds 1e-3 pi^2. The code for discrete actions is of CFCQL's authors: its critics also see the
+state and share weights, targets are of TD(0.6), the log-sum-exp and a* know no unavailable actions,
+and the actor follows the advantage of the data's actions, not Q_i(o^i, pi_i).
 
 Source: https://github.com/ling-pan/OMAR at 0e52ad6: algorithms/maddpg.py (continuous actions);
 https://github.com/thu-rllab/CFCQL at 3441019: discrete/src/learners/omar_learner.py.
@@ -37,11 +37,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import envs
 import macql
 import train
 from baselines import load_states, run, states
 from baselines.cfcql import draws_and_density
+from experiment import setup
 from experiment.diagnostics import returns_to_go
 from macql import MACQL, Actor
 
@@ -55,23 +55,19 @@ class Args(train.Args):
 
     NO_EFFECT: ClassVar = ("critic", "conservative", "backup", "imagined_rows", "bc_lambda")
 
+    ROBOTS_ONLY: ClassVar = ("cql_samples",)
+    ON_ROBOTS: ClassVar = {"cql_alpha": 1.0, "rectification": 0.7}
+
     synthetic_fraction: float = 0.0
     """share of imagined rows; more than 0 puts OMAR on LOGO's world model [ours]"""
-    critic_first: float = 0.0
-    """share of the updates before the first rollout and evaluation; no policy waits [ours]"""
-    cql_alpha: float | None = None
-    """alpha: weight of the conservative term; default 5, for robots 1 [code: 5 on StarCraft, 1 on
-    a robot's random and medium data, 5 on its other data]"""
-    rectification: float | None = None
-    """c: weight of the pull towards a*; default 0.5, for robots 0.7 [code: 0.5 on StarCraft, 0.7
-    on a robot's medium data, 1 random, 0.9 medium-replay, 0.5 expert]"""
+    cql_alpha: float = 5.0
+    """alpha: weight of the conservative term [code: 5 on StarCraft, 1 on a robot's random and
+    medium data, 5 on its other data]"""
+    rectification: float = 0.5
+    """c: weight of the pull towards a* [code: 0.5 on StarCraft, 0.7 on a robot's medium data, 1
+    random, 0.9 medium-replay, 0.5 expert]"""
     cql_samples: int = 10
     """continuous actions: draws of each of three kinds for the log-sum-exp, the slowest [code]"""
-
-    def __post_init__(self):
-        alpha, c = (1.0, 0.7) if envs.is_robot(self.env_id) else (5.0, 0.5)
-        self.cql_alpha = alpha if self.cql_alpha is None else self.cql_alpha
-        self.rectification = c if self.rectification is None else self.rectification
 
 
 class LocalCritic(nn.Module):
@@ -187,7 +183,8 @@ class OMAR:
         self.cql_samples = cql_samples
 
     def update(self, batch, is_real, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """One gradient step on the critics and one on the policies; metrics as 0-d tensors."""
+        """One gradient step on the critics, then, after the first updates (D26), one on the
+        policies; metrics as 0-d tensors."""
         x, actor, critic, shape = self.learner, self.actor, self.critic, batch.actions.shape
         draws = candidates = None
         if not critic.discrete:
@@ -196,13 +193,16 @@ class OMAR:
             candidates.normal_(generator=generator)
         loss, of_q = self.critic_loss(critic, x.critic_target, actor, batch, is_real, noise=draws)
         macql.descend(x.optimizers["critic"], loss)
+        x.schedules["critic"].step()
         macql.soft_update(x.critic_target, critic, x.tau)
+        metrics = {f"q_{k}": v for k, v in of_q.items()}
+        if x.schedules["critic"].last_epoch <= x.critic_first:
+            return metrics
         loss, of_pi = self.actor_loss(actor, critic, batch, is_real, noise=candidates)
         macql.descend(x.optimizers["actor"], loss)
+        x.schedules["actor"].step()
         macql.soft_update(self.ema_actor, actor, 1 - x.ema_decay)
-        for schedule in x.schedules.values():
-            schedule.step()
-        return {f"q_{k}": v for k, v in of_q.items()} | {f"pi_{k}": v for k, v in of_pi.items()}
+        return metrics | {f"pi_{k}": v for k, v in of_pi.items()}
 
     def parts(self) -> dict:
         return self.learner.parts()
@@ -226,7 +226,7 @@ def make_learner(args: Args, spec, data) -> OMAR:
         returns = returns_to_go(data, gamma=1.0)
         bounds = (returns.min().item(), returns.max().item())
     return OMAR(
-        MACQL(actor, critic, args.lr, args.updates, args.tau),
+        MACQL(actor, critic, args.lr, args.updates, args.tau, critic_first=setup.waiting(args)),
         partial(critic_loss, gamma=args.gamma, alpha=args.cql_alpha, bounds=bounds),
         partial(actor_loss, rectification=args.rectification),
         args.cql_samples,

@@ -19,9 +19,9 @@ over all. Continuous actions: pi_i is a Gaussian of fixed variance around the ac
 so policy_loss is the squared distance weighted by exp(z_i); the code's Gaussian is before the tanh
 and learns its variance. Both act by the mean. As with all methods here, the policy starts from the
 clone (--warm-start), targets hold --n-step rewards, step sizes fall, a moving average of the actor
-is evaluated, a time limit ends no value, the code's 10^6 updates are --updates, so that its targets
-have to follow faster, and gamma is 0.95 on robots. Imagined rows, if there are any, are used like
-recorded ones.
+is evaluated, a time limit ends no value and none is bounded by the data's returns (D4), the code's
+10^6 updates (robots) are --updates, so that its targets have to follow faster, and gamma is 0.95 on
+robots. Imagined rows, if there are any, are used like recorded ones.
 
 Source: https://github.com/ZhengYinan-AIR/OMIGA at 39851c0; for StarCraft its branch SMAC.
 Sizes: B batch, N agents, O observation, S state, A action.
@@ -59,8 +59,8 @@ class Args(train.Args):
     lr: float = 5e-4
     """Adam's step size for every network [the code]"""
     tau: float = 0.05
-    """share by which the target networks follow per update [ours; the code: 0.005, for a hundred
-    times as many updates]"""
+    """share by which the target networks follow per update [ours; the code: 0.005, for 200 times as
+    many updates on robots, and some 5 times on StarCraft]"""
     alpha: float = 10.0
     """alpha: how close to the data to stay; a large one leaves cloning [the code]"""
     z_clip: float = 10.0

@@ -39,7 +39,7 @@ from macql import MACQL, Actor, Critic, action_distance
 class Args(train.Args):
     """MACQL, with policies drawn towards the best of several actions by LOGO's model."""
 
-    NO_EFFECT: ClassVar = ("critic", "imagined_rows", "uncertainty", "cap", "u_scale")
+    NO_EFFECT: ClassVar = ("critic", "imagined_rows", "horizon", "uncertainty", "cap", "u_scale")
 
     candidates: int = 3
     """C, joint actions that are compared [Sec. 5.2]"""
@@ -120,14 +120,16 @@ class Planning:
         learner: MACQL; its policies' loss gets one more term.
         draw: (generator) -> a `Batch` of M recorded states. plan: `best_action` but for model,
             learner, starts and generator.
-        interval: updates between two searches. weight: of the imitation; 1 in the paper.
+        size: B, recorded rows in a batch. interval: updates between two searches. weight: of the
+            imitation; 1 in the paper.
     `model` is the world model, set when it is made.
     """
 
     compilable = ("critic_loss",)
 
-    def __init__(self, learner: MACQL, draw, plan, interval: int, weight: float):
+    def __init__(self, learner: MACQL, draw, plan, size: int, interval: int, weight: float):
         self.learner, self.draw, self.plan, self.model = learner, draw, plan, None
+        self.size = size
         self.interval, self.weight, self.updates = interval, weight, 0
         self.actor, self.ema_actor, self.critic = learner.actor, learner.ema_actor, learner.critic
         self.critic_loss, self.policy_loss = learner.critic_loss, learner.policy_loss
@@ -152,16 +154,16 @@ class Planning:
 
     def update(self, batch: Batch, is_real, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """One gradient step on the critic, then one on the policies, towards a_max too."""
-        real = Batch(*(None if x is None else x[is_real > 0] for x in batch))
+        real = Batch(*(None if x is None else x[: self.size] for x in batch))  # they come first
         self.learner.policy_loss = self.policy_loss
         self.learner.critic_loss = self.critic_loss  # the compiled one, with --compile
         metrics = {"pi_mpc": torch.zeros_like(real.reward[0])}  # until planning begins
-        if len(real.reward) < len(batch.reward):  # imagination has begun, so LOGO is trained
+        if len(batch.reward) > self.size:  # imagination has begun, so LOGO is trained
             if self.updates % self.interval == 0:
                 self.search(generator)
             self.updates += 1
-            states, size = self.planned, len(real.reward)
-            pick = torch.randint(len(states["best"]), (size,), generator=generator,
+            states = self.planned
+            pick = torch.randint(len(states["best"]), (self.size,), generator=generator,
                                  device=real.reward.device)  # fmt: skip
             self.learner.policy_loss = partial(
                 mpc_loss, policy_loss=self.policy_loss, obs=states["obs"][pick],
@@ -188,11 +190,10 @@ def builders() -> dict:
             best_action, candidates=args.candidates, horizon=args.planning_horizon,
             gamma=args.gamma, epsilon=train.exploration(args, spec),
         )  # fmt: skip
-        macql, draw = (
-            train.make_learner(args, spec, data),
-            partial(data.sample, args.rollout_batch_size),
-        )
-        made[:] = [Planning(macql, draw, plan, args.rollout_interval, args.mpc_weight)]
+        macql = train.make_learner(args, spec, data)
+        draw = partial(data.sample, args.rollout_batch_size)
+        often = args.batch_size, args.rollout_interval
+        made[:] = [Planning(macql, draw, plan, *often, args.mpc_weight)]
         return made[0]
 
     def world_model(args: Args, spec, data) -> LogoWM:
@@ -226,7 +227,7 @@ def _self_check():
     taken = F.one_hot(torch.randint(2, (size, 1), generator=g), 2).float()
     ones = torch.ones(size)
     batch = Batch(obs, state, taken, avail, torch.zeros(size), obs, state, avail, ones, ones)
-    planning = Planning(learner, lambda generator: batch, plan, interval=10, weight=1.0)
+    planning = Planning(learner, lambda generator: batch, plan, size // 2, interval=10, weight=1.0)
     planning.model = SimpleNamespace(imagine=imagine)
     is_real = torch.cat([torch.ones(size // 2), torch.zeros(size // 2)])
     for k in range(101):

@@ -47,7 +47,8 @@ class Args(train.Args):
     uncertainty: Literal["weight", "penalty", "none"] = "penalty"
     """use of u: reward penalty of MOPO, sampling weight of LOGO's Eq. (7), or none [SUMO]"""
     u_scale: float = 1.0
-    """1 / lambda of the penalty [as ensemble.py; SUMO's lambda is unverified]"""
+    """1 / lambda of the penalty; with --uncertainty weight give 0 [as ensemble.py; SUMO's lambda is
+    unverified]"""
     members: int = 7
     """M, networks [OfflineRL-Kit]"""
     wm_hidden: int = 200

@@ -39,6 +39,46 @@ def pytest_unconfigure(config):
 
 
 @pytest.fixture
+def one_hot_as_on_a_gpu(monkeypatch):
+    """On a CPU, and only there, one_hot checks the range of its input."""
+    import torch
+
+    def one_hot(x, classes):
+        empty = torch.zeros(*x.shape, classes, dtype=torch.long)
+        return empty.scatter(-1, x.unsqueeze(-1), 1)
+
+    monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
+
+
+class Killed(Exception):
+    """Nothing catches it, as nothing can catch SIGKILL."""
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """killed(run, updates) lets run() die after so many updates, each with its checkpoint."""
+    from experiment.tracking import Run
+
+    def killed(run, updates: int) -> None:
+        done, log = [], Run.log
+
+        def dying(self, metrics):
+            if len(done) == updates:
+                raise Killed
+            done.append(1)
+            log(self, metrics)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("experiment.tracking.CHECKPOINT_SHARE", float("inf"))
+            patch.setattr("experiment.tracking.LOG_EVERY", 1)
+            patch.setattr(Run, "log", dying)
+            with pytest.raises(Killed):
+                run()
+
+    return killed
+
+
+@pytest.fixture
 def undrawn(monkeypatch):
     """Runs end without run.png, whose drawing takes as long as their training."""
     from experiment import report

@@ -75,6 +75,33 @@ def test_alike_weights_are_macql_with_less_alpha(parts):
     assert ours.item() == pytest.approx(full.item(), rel=1e-4)
 
 
+def test_the_critics_loss_weighs_agents_and_real_rows(parts):
+    """The values and weights in it are those of the test above."""
+    data, spec, batch, args = parts
+    learner = train.make_learner(args, spec, data)
+    given = learner.critic, learner.critic_target, learner.actor, batch
+    beta, is_real = learner.ema_actor, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    with torch.no_grad():
+        beta.net[-1].weight.normal_(std=3.0)
+        learner.critic.net[-1].weight.normal_(std=3.0)
+    loss, _ = cfcql.critic_loss(
+        *given, is_real, bellman=lambda *x: (torch.tensor(7.0), {}), beta=beta, alpha=0.3,
+        temperature=2.0, conservative="logsumexp",
+    )  # fmt: skip
+    q_data, of_all = cfcql.values_of_all(learner.critic, batch, learner.actor, None, "logsumexp")
+    q = learner.critic.utilities(batch.obs, batch.state).mean(0)
+    weights = cfcql.agent_weights(q, beta(batch.obs, batch.avail), batch.avail, 2.0)
+    assert (weights - 1 / spec.num_agents).abs().max() > 0.1
+    expected = 7.0
+    for k in range(2):
+        for b in range(4):
+            of_agents = sum(
+                weights[b, i].item() * of_all[k, b, i].item() for i in range(spec.num_agents)
+            )
+            expected += 0.3 * (of_agents - q_data[k, b].item()) / 4
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_beta_learns_from_real_rows_alone(parts):
     data, spec, batch, args = parts
     args.updates, learners = 8, []
@@ -146,8 +173,47 @@ def test_the_ensembles_likelihood_and_doubt_equal_the_formula(parts):
                     total -= math.log(1 - p if is_zero else p)
             assert nll[m, b].item() == pytest.approx(total / d, rel=1e-4, abs=1e-5)
     u = model.step(batch.obs, batch.state, batch.actions)["uncertainty"]
+    for j in range(d - 1):  # sigma counts with the probability that the value is not 0
+        var[:, :, j] /= 1 + np.exp(-mean[:, :, d + j]) if sometimes[j] else 1.0
     widest = np.sqrt(var.mean(-1)).max(0) * rows.reward_std.item()
     np.testing.assert_allclose(u, widest, rtol=1e-4)
+
+
+def test_the_ensembles_loss_is_of_all_members_and_their_bounds(parts):
+    data, spec, batch, _ = parts
+    rows = joint.JointRows(spec, data, 8)
+    model = ensemble.Ensemble(rows, hidden=8, members=3)
+    with torch.no_grad():
+        model.net.max_log_var.uniform_(0, 1)
+        model.net.min_log_var.uniform_(-5, -3)
+    out, log_var = model.net(rows.inputs(batch.obs, batch.state, batch.actions))
+    expected = rows.heads_loss(out.mean(0), batch).item()
+    for m in range(3):
+        expected += rows.nll(out, batch, log_var)[m].mean().item()
+    for high, low in zip(model.net.max_log_var, model.net.min_log_var, strict=True):
+        expected += 0.01 * (high - low).item() / rows.num_values
+    assert model.loss(batch)[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sampled_step_is_of_any_member_with_its_spread(parts):
+    """All weights are 0 and member m predicts changes of 10 m, with a spread of .1 (m + 1)."""
+    data, spec, batch, _ = parts
+    rows = joint.JointRows(spec, data, 8, zeros=False)
+    model, d = ensemble.Ensemble(rows, hidden=8, members=3), rows.num_values
+    with torch.no_grad():
+        for x in (*model.net.weights, *model.net.biases):
+            x.zero_()
+        for m in range(3):
+            model.net.biases[-1][m, 0, :d] = 10.0 * m
+            model.net.biases[-1][m, 0, d:] = 2 * math.log(0.1 * (m + 1))
+    given = [x[:1].repeat(3000, *[1] * (x.ndim - 1)) for x in batch[:3]]
+    out = model.step(*given, torch.Generator().manual_seed(0))
+    change = rows.standardise("state", out["next_state"]) - rows.standardise("state", given[1])
+    member = (change / 10).round().mean(-1)
+    for m in range(3):
+        mine = change[member == m]
+        assert len(mine) == pytest.approx(1000, abs=100)
+        assert mine.std(0) == pytest.approx(torch.full((spec.state_dim,), 0.1 * (m + 1)), rel=0.1)
 
 
 def test_an_ensembles_rollout_is_sampled_and_repeats(parts):
@@ -185,19 +251,32 @@ def test_a_grid_starts_a_baseline_with_its_own_flags(tmp_path):
     assert run.args.uncertainty == "penalty" and other.args.temperature == 0.5
 
 
-@pytest.mark.parametrize("name", ["cfcql", "ensemble"])
-def test_a_run_ends_and_goes_on(name, dataset, tmp_path):
+@pytest.mark.parametrize("name", ["cfcql", "ensemble", "planning"])
+def test_a_run_ends_and_goes_on_after_a_kill(name, dataset, tmp_path, killed, undrawn):
     module = importlib.import_module(f"baselines.{name}")
-    part = {"learner": module.make_learner} if name == "cfcql" else {}
-    part = part or {"world_model": module.make_world_model}
-    given = [*TINY, "--u-scale", "5"] if name == "ensemble" else TINY
-    given = [*given, "--dataset", str(dataset), "--out", str(tmp_path / "run")]
-    final = baselines.run(name, module.Args, module._self_check, given, **part)
+
+    def go(folder: str, *more: str) -> dict:
+        part = {"world_model": getattr(module, "make_world_model", None)}
+        if name != "ensemble":
+            part = {"learner": getattr(module, "make_learner", None)}
+        if name == "planning":
+            part = module.builders()
+        given = [*TINY, "--u-scale", "0" if name == "planning" else "5", "--horizon", "15"]
+        given += ["--dataset", str(dataset), "--out", str(tmp_path / folder), *more]
+        return baselines.run(name, module.Args, None, given, **part)
+
+    final = go("whole")
     assert final["method"] == name and final["eval"]["episodes"] == 16
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "whole" / "metrics.csv").open()))
     assert rows and all(math.isfinite(float(row["value"])) for row in rows)
-    again = baselines.run(name, module.Args, module._self_check, [*given, "--resume"], **part)
-    assert again["eval"] == final["eval"]
+    # 6 updates of the clone, with a model 4 of it, and after 4 of 6 of the policy it dies
+    killed(lambda: go("killed"), 10 if name == "cfcql" else 14)
+    assert go("killed", "--resume")["eval"] == final["eval"]
+    whole, again = (
+        torch.load(tmp_path / x / "checkpoint.pt", weights_only=True) for x in ("whole", "killed")
+    )
+    for part in ("learner", "bc_actor", *(["world_model"] if name != "cfcql" else [])):
+        torch.testing.assert_close(whole[part], again[part], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["cfcql", "ensemble"])
@@ -208,8 +287,32 @@ def test_self_checks_pass(name):
 
 @pytest.mark.parametrize("flags", [["--paper"], ["--critic", "none"]])
 def test_a_flag_without_effect_is_refused(flags, capsys):
-    with pytest.raises(SystemExit, match="has no effect on cfcql"):
+    with pytest.raises(SystemExit, match="is not for cfcql"):
         baselines.run("cfcql", cfcql.Args, cfcql._self_check, flags, learner=cfcql.make_learner)
+
+
+@pytest.mark.parametrize(
+    "name,flags",
+    [
+        ("cfcql", "--env-id Ant-2x4 --temperature 2"),
+        ("omar", "--env-id 2s3z --cql-samples 2"),
+    ],
+)
+def test_flags_are_refused_where_they_have_no_effect(name, flags):
+    kind = importlib.import_module(f"baselines.{name}").Args
+    with pytest.raises(SystemExit, match=f"is not for {name} on {flags.split()[1]}: leave it out"):
+        baselines.run(name, kind, None, flags.split())
+
+
+def test_a_world_model_without_imagined_rows_is_refused():
+    with pytest.raises(SystemExit, match="--synthetic-fraction 0 leaves MACQL"):
+        baselines.run("ensemble", ensemble.Args, None, ["--synthetic-fraction", "0"],
+                      world_model=ensemble.make_world_model)  # fmt: skip
+
+
+def test_robots_have_cfcqls_own_conservative_term():
+    for env_id in ("2s3z", "HalfCheetah-6x1"):
+        assert train.defaults(env_id, kind=cfcql.Args).conservative == "logsumexp"
 
 
 def test_errors_are_recorded_once(dataset, tmp_path):

@@ -325,7 +325,7 @@ def test_a_small_run_ends_with_finite_numbers(name, dataset, tmp_path):
 @each
 @pytest.mark.parametrize("flag", ["--u-scale 5", "--uncertainty weight", "--paper"])
 def test_flags_without_an_effect_are_refused(name, flag):
-    with pytest.raises(SystemExit, match=f"has no effect on {name}"):
+    with pytest.raises(SystemExit, match=f"is not for {name}"):
         run(name, FILES[name].Args, None, argv=flag.split())
 
 

@@ -315,7 +315,7 @@ def test_a_small_run_ends_with_finite_numbers(dataset, tmp_path, undrawn):
 
 @pytest.mark.parametrize("flag", ["--u-scale 5", "--uncertainty weight", "--paper"])
 def test_flags_without_an_effect_are_refused(flag):
-    with pytest.raises(SystemExit, match="has no effect on mazero"):
+    with pytest.raises(SystemExit, match="is not for mazero"):
         run("mazero", mazero.Args, None, argv=flag.split())
 
 

@@ -22,7 +22,6 @@ from test_equations import (
     perceptron,
 )
 from test_sync import Reads, make_data
-from torch.nn import functional as F
 
 from baselines import omar, run
 from macql import Actor, action_noise
@@ -244,17 +243,12 @@ def test_masked_actions_are_never_chosen():
 
 @either
 @pytest.mark.parametrize("flags", [{}, {"shared_actor": False, "critics": 1, "clamp": False}])
-def test_an_update_reads_nothing_and_repeats(discrete, flags, monkeypatch):
-    def one_hot(x, classes):  # as on a GPU: on a CPU it checks the range of its input
-        empty = torch.zeros(*x.shape, classes, dtype=torch.long)
-        return empty.scatter(-1, x.unsqueeze(-1), 1)
-
+def test_an_update_reads_nothing_and_repeats(discrete, flags, one_hot_as_on_a_gpu):
     torch.manual_seed(0)
     data, spec = make_data(discrete)
     args, g = omar.Args(hidden=8, updates=8, **flags), torch.Generator().manual_seed(0)
     first, second = (omar.make_learner(args, spec, data) for _ in range(2))
     batch, is_real = data.sample(16, g), (torch.arange(16) < 12).float()
-    monkeypatch.setattr(F, "one_hot", one_hot)
     start = copy.deepcopy(first)  # its followers are equal to what they follow
     with Reads() as reads:
         first.update(batch, is_real, g)
@@ -285,6 +279,20 @@ def test_the_defaults_are_the_codes():
     assert (given.cql_alpha, given.rectification) == (3.0, 0.7)
 
 
+def test_the_policies_wait_while_the_critics_learn():
+    """D26, as MACQL's: without it an untrained critic would spoil the clone."""
+    torch.manual_seed(0)
+    data, spec = make_data(True)
+    learner = omar.make_learner(omar.Args(hidden=8, updates=8), spec, data)
+    g, moved = torch.Generator().manual_seed(0), []
+    for _ in range(8):
+        before = learner.actor.net[0].bias.detach().clone()
+        learner.update(data.sample(16, g), torch.ones(16), g)
+        moved.append(not torch.equal(before, learner.actor.net[0].bias))
+    assert moved == [False] * 2 + [True] * 6
+    assert learner.learner.optimizers["actor"].param_groups[0]["lr"] == 0.0
+
+
 def go(*flags: str):
     return run("omar", omar.Args, omar._self_check, [*flags], learner=omar.make_learner)
 
@@ -302,7 +310,7 @@ def test_a_run_ends_with_finite_metrics(dataset, tmp_path):
 def test_a_flag_without_effect_is_refused(flag):
     other = {"critic": "none", "conservative": "expectation", "backup": "max",
              "imagined_rows": "printed", "bc_lambda": "0.5"}  # fmt: skip
-    with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} has no effect on omar"):
+    with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} is not for omar"):
         go(f"--{flag.replace('_', '-')}", other[flag])
 
 
