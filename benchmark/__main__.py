@@ -4,8 +4,8 @@ python -m benchmark grid      five maps x four qualities x {LOGO, MACQL} x 5 see
 python -m benchmark ceiling   the same learner with the true simulator as its world model
 python -m benchmark errors    one-step errors of every world model
 python -m benchmark coverage  which states the policies of finished runs visit
-python -m benchmark tables    every table of results, from results/runs.csv and results/speed.csv
-python -m benchmark figures   every picture of results, from the same files
+python -m benchmark tables    the tables of results, from the rows of results/*.csv
+python -m benchmark figures   its pictures of many runs, from the same files
 python -m benchmark speed     updates and rollouts, timed, against an ensemble
 """
 

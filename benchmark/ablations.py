@@ -102,8 +102,10 @@ def sizes(groups: dict) -> str:
             macql, logo = (by_method.get(method, {}) for method in ("macql", "logo"))
             both = [seed for seed in logo if seed in macql]
             gains = [f"{logo[s].return_mean - macql[s].return_mean:+.2f}" for s in both]
-            clones = [row.clone_return for row in macql.values() if row.clone_return is not None]
-            cloning = f"{over_seeds(clones)} ({len(clones)})" if clones else ""
+            # MACQL and LOGO start from the same clone; which of them evaluated it depends on the run
+            clones = {seed: row.clone_return for runs in (logo, macql) for seed, row in runs.items()
+                      if row.clone_return is not None}  # fmt: skip
+            cloning = f"{over_seeds([*clones.values()])} ({len(clones)})" if clones else ""
             text.append([*cell, episodes, cloning, returns(macql), returns(logo), ", ".join(gains)])
     columns = ["episodes", "behaviour cloning", "MACQL", "LOGO", "LOGO - MACQL, by seed"]
     return table(["task", "simulator", "data", *columns], text)

@@ -1,4 +1,4 @@
-"""Every table of results, made from results/runs.csv alone: the same rows give the same text.
+"""The tables of results, made from the rows of results/*.csv: the same rows give the same text.
 
 A cell is a task, a simulator and a quality of the data; scores of different simulators never share
 a line, except as shares of a return (`aggregate`, `iqm`). Means are over seeds, ± is half of a 95 %
@@ -122,7 +122,7 @@ def win_rate(runs: Runs) -> str:
 
 
 def data_return(runs: Runs) -> str:
-    return f"{np.mean([row.data_return for row in runs.values()]):.2f}"
+    return f"{np.mean([row.data_return for row in runs.values()]):.1f}"
 
 
 def paired_difference(a: Runs, b: Runs) -> tuple[list[float], tuple[float, float] | None]:

@@ -8,7 +8,8 @@ time padded to the episode limit T plus one row for the final observation.
   reward (E,T+1,1)  terminated (E,T+1,1)  filled (E,T+1,1): L+1 ones for an episode of L steps
 
 Our own recordings add `won` (E,) and attributes with metadata. In them `terminated` is 0 where only
-the time limit ended an episode. Public files write 1 there too; they are read as they are.
+the time limit ended an episode. Public files write 1 there too; load.py takes it back where the
+time limit can be told.
 Continuous tasks have no `avail_actions` and no `won`; their actions (E,T+1,N,A) are in [-1,1].
 
 Sizes: E episodes, T episode limit, N agents, O observation, S state, A actions,
