@@ -1,7 +1,7 @@
 """The snapshots of a behaviour policy's training: which are kept, and their file ENV_ID.npz.
 
-A file holds float16 arrays and nothing pickled. Six snapshots are kept: five at one to five fifths of
-the way to the medium policy, which is the fifth, and the final policy, the expert.
+A file holds float16 arrays and nothing pickled. Six snapshots are kept: at one to five fifths
+of the way to the medium policy, which is the fifth, and the final policy, the expert.
   every parameter's name   (6, ...)  its values in the six snapshots
   snapshot_steps           (6,)      environment steps at which they were taken
   curve                    (I,4)     after each of the training's I iterations: environment steps,

@@ -102,7 +102,7 @@ def sizes(groups: dict) -> str:
             macql, logo = (by_method.get(method, {}) for method in ("macql", "logo"))
             both = [seed for seed in logo if seed in macql]
             gains = [f"{logo[s].return_mean - macql[s].return_mean:+.2f}" for s in both]
-            # MACQL and LOGO start from the same clone; which of them evaluated it depends on the run
+            # Both start from the same clone; some runs of either did not evaluate it
             clones = {seed: row.clone_return for runs in (logo, macql) for seed, row in runs.items()
                       if row.clone_return is not None}  # fmt: skip
             cloning = f"{over_seeds([*clones.values()])} ({len(clones)})" if clones else ""

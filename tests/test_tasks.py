@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -59,29 +60,39 @@ def test_one_update_of_every_quality(env_id, tmp_path, monkeypatch, undrawn):
 
 
 @pytest.fixture(scope="module")
-def starcraft_run(tmp_path_factory):
+def starcraft(tmp_path_factory) -> Path:
+    """The first 300 of its 2,000 episodes; all of them are read in test_datasets_episodes.py."""
     if not STARCRAFT.exists():
         pytest.skip("the public recording of StarCraft II's 3m does not lie beside the project")
+    path = tmp_path_factory.mktemp("starcraft") / "3m.h5"
+    with h5py.File(STARCRAFT) as whole, h5py.File(path, "w") as part:
+        for key, column in whole.items():
+            part[key] = column[:300]
+    return path
+
+
+@pytest.fixture(scope="module")
+def starcraft_run(starcraft, tmp_path_factory):
     out = tmp_path_factory.mktemp("starcraft") / "run"
-    flags = ["--env-id", "3m", "--dataset", str(STARCRAFT), "--out", str(out)]
+    flags = ["--env-id", "3m", "--dataset", str(starcraft), "--out", str(out)]
     enough = "--updates 20 --wm-updates 100 --hidden 64 --wm-batch-size 64 --lr 0.003"
     return train.cli([*TINY, *flags, *enough.split()]), out
 
 
-def test_starcraft_data_train_without_the_game(starcraft_run):
+def test_starcraft_data_train_without_the_game(starcraft, starcraft_run):
     final, out = starcraft_run
     assert final["backend"] == "offline" and final["eval"] is None and final["clone"] is None
     assert final["world_model"]["state_mse"] < final["world_model"]["persistence_state_mse"]
     assert 0 < final["offline"]["clone_agreement"] <= 1
     assert final["offline"]["return_to_go"] == pytest.approx(
-        returns_to_go_by_hand(final["args"]["gamma"]), rel=1e-4
+        returns_to_go_by_hand(starcraft, final["args"]["gamma"]), rel=1e-4
     )
     assert json.loads((out / "final.json").read_text()) == final
     assert (out / "run.png").stat().st_size > 1000
 
 
-def returns_to_go_by_hand(gamma: float) -> float:
-    data, _ = datasets.load_dataset(STARCRAFT, 0.05, 0, torch.device("cpu"))
+def returns_to_go_by_hand(path: Path, gamma: float) -> float:
+    data, _ = datasets.load_dataset(path, 0.05, 0, torch.device("cpu"))
     held_out, total = set(data.held_out.tolist()), []
     start = 0
     for length in data.lengths.tolist():
@@ -94,17 +105,15 @@ def returns_to_go_by_hand(gamma: float) -> float:
     return sum(total) / len(total)
 
 
-def test_a_run_without_a_simulator_says_so(starcraft_run, capsys, tmp_path, undrawn):
-    flags = ["--env-id", "3m", "--dataset", str(STARCRAFT), "--out", str(tmp_path / "run")]
+def test_a_run_without_a_simulator_says_so(starcraft, capsys, tmp_path, undrawn):
+    flags = ["--env-id", "3m", "--dataset", str(starcraft), "--out", str(tmp_path / "run")]
     train.cli([*ONE, *flags])
     said = capsys.readouterr().out
     assert "no simulator" in said and "no episode was played" in said
 
 
-def test_a_simulator_of_other_sizes_is_refused(tmp_path):
-    if not STARCRAFT.exists():
-        pytest.skip("the public recording of StarCraft II's 3m does not lie beside the project")
-    flags = ["--env-id", "3m", "--dataset", str(STARCRAFT), "--backend", "smax"]
+def test_a_simulator_of_other_sizes_is_refused(starcraft, tmp_path):
+    flags = ["--env-id", "3m", "--dataset", str(starcraft), "--backend", "smax"]
     with pytest.raises(SystemExit, match="give the --env-id and --backend of the recording"):
         train.cli([*ONE, *flags, "--out", str(tmp_path / "run")])
 
@@ -120,16 +129,14 @@ def test_what_nothing_can_play_is_refused_first(flags, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_half_installed_game_stops_only_who_asks_for_it(monkeypatch, tmp_path, undrawn):
+def test_a_half_installed_game_stops_who_asks_for_it(starcraft, monkeypatch, tmp_path, undrawn):
     """StarCraft II is there, its Python package is not: auto goes on without, smac says why."""
-    if not STARCRAFT.exists():
-        pytest.skip("the public recording of StarCraft II's 3m does not lie beside the project")
     (tmp_path / "Versions" / "Base75689").mkdir(parents=True)
     (tmp_path / "Versions" / "Base75689" / "SC2_x64").touch()
     monkeypatch.setenv("SC2PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "smac", None)
     monkeypatch.setitem(sys.modules, "smac.env", None)
-    flags = ["--env-id", "3m", "--dataset", str(STARCRAFT), "--out", str(tmp_path / "run")]
+    flags = ["--env-id", "3m", "--dataset", str(starcraft), "--out", str(tmp_path / "run")]
     assert train.cli([*ONE, *flags])["backend"] == "offline"
     with pytest.raises(SystemExit, match="smac"):
         train.cli([*ONE, *flags, "--backend", "smac"])
