@@ -310,11 +310,6 @@ def test_a_world_model_without_imagined_rows_is_refused():
                       world_model=ensemble.make_world_model)  # fmt: skip
 
 
-def test_robots_have_cfcqls_own_conservative_term():
-    for env_id in ("2s3z", "HalfCheetah-6x1"):
-        assert train.defaults(env_id, kind=cfcql.Args).conservative == "logsumexp"
-
-
 def test_errors_are_recorded_once(dataset, tmp_path):
     file = tmp_path / "errors.csv"
     given = {"dataset": dataset, "models": ("logo", "ensemble")}
