@@ -79,12 +79,14 @@ class OfflineDataset:
     Args:
         obs (R,N,O), state (R,S), actions (R,N,A), avail (R,N,A) or None, reward (R,),
         terminated (R,): float32. The last row of an episode is its final observation; its action,
-            reward and terminated are never read.
+            reward and terminated are never read, its avail is.
         lengths: transitions of each episode; sum(lengths) + len(lengths) = R.
         holdout: share of the episodes that `sample` never draws from; at least one, never all.
         seed: of the choice of held-out episodes.
     Raises:
-        ValueError: fewer than two episodes, or lengths that do not add up to R.
+        ValueError: fewer than two episodes, lengths that do not add up to R, a column of another
+            type or shape or with NaN, or an agent without an available action in any row, final
+            ones included.
     """
 
     def __init__(
@@ -96,6 +98,18 @@ class OfflineDataset:
         rows = int(lengths.sum()) + len(lengths)
         if rows != len(obs):
             raise ValueError(f"lengths need {rows} rows, not {len(obs)}.")
+        columns = {"obs": (obs, 3), "state": (state, 2), "actions": (actions, 3)}
+        columns |= {"avail": (avail, 3), "reward": (reward, 1), "terminated": (terminated, 1)}
+        for name, (x, dims) in columns.items():
+            if x is None and name == "avail":
+                continue
+            if x.dtype != torch.float32 or x.ndim != dims or len(x) != rows:
+                what = f"{rows} rows, {dims} dimensions, not {x.dtype} {tuple(x.shape)}"
+                raise ValueError(f"{name}: a float32 tensor is needed with {what}.")
+            if not x.sum().isfinite():  # without a copy of the column
+                raise ValueError(f"{name}: there is NaN or infinity in it.")
+        if avail is not None and (avail.sum(-1) == 0).any():
+            raise ValueError("avail: an agent has no available action in a row (final ones count).")
         self.obs, self.state, self.actions, self.avail = obs, state, actions, avail
         self.reward, self.terminated, self.lengths = reward, terminated, lengths
         starts = torch.cumsum(lengths + 1, 0) - lengths - 1  # (episodes,) first row of each

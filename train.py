@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -247,23 +248,28 @@ def main(
     Args:
         args: the flags; `defaults` gives those of a task.
         learner: builds the learner from (args, spec, data): any object with .actor and .ema_actor,
-            both a `macql.Actor`, .update(batch, is_real, generator) -> metrics, .state_dict() and
-            .load_state_dict(), as `MACQL` has them.
+            both a `macql.Actor`, .update(batch, is_real, generator) -> metrics (at least one, 0-d
+            tensors), .state_dict() and .load_state_dict(), as `MACQL` has them. It gets real rows
+            alone in the first --critic-first of the updates.
         world_model: builds the world model from (args, spec, data): an nn.Module with
             .loss(batch) -> (scalar, metrics) and .imagine(policy, starts, horizon, generator) ->
-            rollout, as `LogoWM` has them. For --compile both name in .compilable what to compile.
-        method: name of the method in the run's folder and report; None: logo, macql or bc.
+            rollout with all entries of `LogoWM`'s; a .step, if there is one, returns what
+            `LogoWM.step` does. For --compile both name in .compilable what to compile.
+        method: name of the method in the run's folder and report; None: logo, macql or bc, or
+            "own" where a part is not one of this file.
     Raises:
         ValueError, OSError, ImportError: one sentence about a flag, a file or a missing package.
         FloatingPointError: training diverged.
     """
     started = time.time()
     setup.check_args(args)
-    device, method = setup.choose_device(args), method or setup.method(args)
+    ours = learner is make_learner and world_model is make_world_model
+    method = method or (setup.method(args) if ours else "own")
+    device = setup.choose_device(args)
     path = setup.find_dataset(args)  # recorded now if there is none
     data, metadata = load_dataset(path, 0.05, 0, device, args.env_id)  # D, 5 % of it held out
     asked, args = args, setup.settle(args, data)  # numbers for what depends on the data
-    setup.announce(args, device, metadata, method)
+    setup.announce(args, device, metadata, method, continuous=data.avail is None)
     env, spec = setup.choose_simulator(args, data, metadata)  # env None: nothing plays this task
     setup.check_memory(args, spec, device)
     n_synthetic = round(args.synthetic_fraction * args.batch_size)  # 0: no world model
@@ -386,7 +392,8 @@ def cli(argv: list[str] | None = None, **parts) -> dict:
     Args:
         argv: the flags; None: those of the process. parts: `learner`, ... for `main`.
     """
-    with one_sentence("train.py"), saying_how_to_go_on(argv, OWNED, "train.py"):
+    program = sys.argv[0] if parts else "train.py"  # what Python runs
+    with one_sentence("train.py"), saying_how_to_go_on(argv, OWNED, program):
         return main(parse(argv), **parts)
 
 

@@ -17,12 +17,12 @@ from typing import Literal, get_args
 
 from tqdm import tqdm
 
+import envs
 import train
 from behaviour import Quality
 from benchmark.launchers import End, Run, locally, on_ray, processor
 from benchmark.oracle import PARTS
 from benchmark.rows import CEILING, DEPTH, RUNS, Result, depths, read, record, result
-from envs import PAPER_SMAC
 from experiment.setup import check_args
 from experiment.tracking import MAY_DIFFER, plain
 
@@ -83,6 +83,8 @@ def plan(
             program = ["-m", f"baselines.{method}"]
             kind = importlib.import_module(program[-1]).Args
         args = train.parse([*given, *more], kind)
+        if args.dataset is None and not envs.is_robot(env_id) and env_id not in envs.known_ids():
+            raise ValueError(f"--env-ids: {env_id!r} is none of {', '.join(envs.known_ids())}.")
         check_args(dataclasses.replace(args, out=out))
         source = args.dataset.stem if args.dataset else quality
         own = "".join(f"-{x.strip('-')}" for x in shlex.split(also))  # e.g. -horizon-5
@@ -131,7 +133,7 @@ def keep(run: Run, where: str, results: Path, known: bool = False) -> str | None
 
 
 def grid(
-    env_ids: tuple[str, ...] = PAPER_SMAC,
+    env_ids: tuple[str, ...] = envs.PAPER_SMAC,
     qualities: tuple[Quality, ...] = get_args(Quality),
     methods: tuple[Literal[*METHODS, *BASELINES], ...] = tuple(METHODS),
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5),

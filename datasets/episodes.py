@@ -318,7 +318,10 @@ def check_episode_keys(path: Path, f) -> tuple[list[str], dict[str, tuple]]:
         numbers(path, k, f[k])
     shapes = {k: f[k].shape for k in keys}
     if bad := [k for k in keys if len(shapes[k]) != (4 if k in AGENT_KEYS else 3)]:
-        raise ValueError(f"{path}: key {bad[0]} has shape {shapes[bad[0]]}: see docs/data.md.")
+        sizes = (
+            "(episodes, rows, agents, size)" if bad[0] in AGENT_KEYS else "(episodes, rows, size)"
+        )
+        raise ValueError(f"{path}: key {bad[0]} has shape {shapes[bad[0]]}, not {sizes}.")
     if len({s[:2] for s in shapes.values()}) != 1:
         raise ValueError(f"{path}: episodes and rows differ between keys: {shapes}.")
     if len({shapes[k][2] for k in AGENT_KEYS if k in shapes}) != 1:

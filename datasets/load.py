@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import envs
 from buffer import OfflineDataset
 from datasets.episodes import read_episode_file, text
 from datasets.files import absolute, open_hdf5
 from datasets.minari import read_minari
 from datasets.og_marl import VAULT_MUJOCO, read_vault
 from datasets.omiga import OMIGA_KEYS, OMIGA_TASKS, read_omiga
-from envs import MUJOCO_ROBOTS
 
 SMAC_VICTORY = 20.0  # smallest return of a won episode in SMAC, with its default scaling
 SMAC_MAPS = (  # that public datasets are of
@@ -96,10 +96,12 @@ def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarr
     returns = np.add.reduceat(
         columns["reward"].astype(np.float64), np.cumsum(lengths + 1) - lengths - 1
     )
-    if "won" not in columns and (won := infer_wins(columns, lengths, returns)) is not None:
-        columns["won"], metadata["win_rate_inferred"] = won, True
-        metadata["repaired"] += repair_time_limits(columns, lengths, won)
-    check_victories(path, columns, lengths, returns)
+    task = metadata.get("env_id")
+    if task is None or task in SMAC_MAPS or envs.SMACV2_ID.fullmatch(task):  # a victory pays 20
+        if "won" not in columns and (won := infer_wins(columns, lengths, returns)) is not None:
+            columns["won"], metadata["win_rate_inferred"] = won, True
+            metadata["repaired"] += repair_time_limits(columns, lengths, won)
+        check_victories(path, columns, lengths, returns)
     if "won" in columns:
         metadata["win_rate"] = float(columns["won"].mean())
     metadata |= {
@@ -169,7 +171,7 @@ def task_of(path: Path) -> str:
 
 def task_in_name(*parts: str) -> str | None:
     """The task that the first of these names of files and folders contains; None: none does."""
-    robots = [f"{robot}-{d}" for robot, all_ in MUJOCO_ROBOTS.items() for d in all_]
+    robots = [f"{robot}-{d}" for robot, all_ in envs.MUJOCO_ROBOTS.items() for d in all_]
     names = {name.lower(): name for name in (*SMAC_MAPS, *robots)} | VAULT_MUJOCO
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     unknown = r"\d+[a-z][a-z0-9]*_vs_\d+[a-z][a-z0-9]*"  # 7m_vs_8m is not a file of 8m

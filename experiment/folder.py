@@ -93,7 +93,8 @@ def take(path: Path, state: dict, parts: dict) -> None:
     except Exception as e:  # every part has its own way to say that a state does not fit
         what = " ".join(str(e).split())[:300]
         raise ValueError(
-            f"{path} does not fit this run ({type(e).__name__}: {what}): delete it to start afresh."
+            f"{path} does not fit this run ({type(e).__name__}: {what}): if it is not of another "
+            "learner or world model, delete it to start afresh."
         ) from e
 
 

@@ -96,7 +96,11 @@ def check_args(args) -> None:
         )
     check_memory(args, SMALLEST, choose_device(args))
     # Can the run's folder be written? Not known to the hour of playing before it is used.
-    check_writable((args.out or Path("runs")) / "checkpoint.pt")
+    folder = args.out or Path("runs")
+    try:
+        check_writable(folder / "checkpoint.pt")
+    except OSError as e:
+        raise OSError(f"{folder} cannot be written ({e.strerror}): give another --out.") from e
 
 
 def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
@@ -254,8 +258,8 @@ def best_backend(args, metadata: dict) -> tuple[str, str]:
     return natural, "StarCraft II is not installed"
 
 
-def announce(args, device: torch.device, metadata: dict, name: str) -> None:
-    """Say what is trained, on which device and data."""
+def announce(args, device: torch.device, metadata: dict, name: str, continuous: bool) -> None:
+    """Say what is trained, on which device and data, and whether its actions are `continuous`."""
     won = f", {metadata['win_rate']:.0%} won" if "win_rate" in metadata else ""
     print(
         f"{name.upper()} on {args.env_id}, device {device}, seed {args.seed}, "
@@ -264,6 +268,10 @@ def announce(args, device: torch.device, metadata: dict, name: str) -> None:
         f"{metadata['transitions']:,} transitions, return {metadata['return_mean']:.2f} +- "
         f"{metadata['return_std']:.2f}{won}\n     sha256 {metadata['sha256']}"
     )
+    if continuous and not envs.is_robot(args.env_id):
+        print("     warning: this is none of the robots, so the defaults are those of discrete "
+              "actions; robots have --conservative expectation --gamma 0.95 --bc-lambda 0.6 "
+              "--epsilon 0.2 --updates 5000 --eval-every 500")  # fmt: skip
     if metadata.get("win_rate") == 0:
         print("     warning: no recorded episode was won, so there is no victory to learn from")
     for repair in metadata.get("repaired", []):

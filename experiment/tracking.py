@@ -11,6 +11,7 @@ resumed ends with the same weights and scores, bit for bit.
 """
 
 import contextlib
+import json
 import sys
 import threading
 import time
@@ -83,7 +84,9 @@ class Run:
         if resume:
             self.load()
         elif self.args.resume:
-            print("there is no checkpoint yet: the run starts")
+            print(f"--resume: {self.folder} has no checkpoint yet: the run starts afresh")
+        else:
+            self._spare_another_run()
         for pattern in FILES if not resume else ():
             for old in self.folder.glob(pattern):
                 print(f"replacing {old}")
@@ -91,6 +94,28 @@ class Run:
         self._open_logs()
         if not resume:
             self.save()  # so that --resume works from the first moment
+
+    def _spare_another_run(self) -> None:
+        """Raise a ValueError if a finished run with other flags or parts would be replaced."""
+        file = self.folder / "final.json"
+        try:
+            final = json.loads(file.read_text())
+            theirs, method = final["args"], final["method"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return  # no finished run
+        differ = [f"--{k.replace('_', '-')} {theirs.get(k)}" for k in self._differing(theirs)]
+        differ = [f"method {method}"] if method != self.method else differ
+        if differ:
+            raise ValueError(
+                f"{self.folder} holds a finished run with {', '.join(differ)}: give another --out, "
+                f"or delete {file} to replace it."
+            )
+
+    def _differing(self, theirs: dict) -> list[str]:
+        """The flags that matter to the result and are not the same in another run."""
+        mine = plain(self.asked)  # data are compared by their hash
+        checked = [k for k in mine if k not in (*MAY_DIFFER, "dataset")]
+        return [k for k in checked if mine[k] != theirs.get(k)]
 
     def phase(self, name: str, title: str, total: int) -> Iterator[int]:
         """The numbers k of the updates still to do, up to `total`, with a progress bar.
@@ -133,7 +158,9 @@ class Run:
 
     def log(self, metrics: dict[str, torch.Tensor]) -> None:
         """Remember this update's metrics, 0-d tensors; nothing is read from the GPU yet."""
-        values = torch.stack(list(metrics.values()))  # a copy, for CUDA graphs
+        values = torch.stack(
+            [torch.as_tensor(x) for x in metrics.values()]
+        )  # a copy, for CUDA graphs
         self._history.append((list(metrics), values))
 
     def evaluation(self, update: int, score: dict) -> None:
@@ -225,6 +252,7 @@ class Run:
             state = {name: getattr(self, name) for name in COUNTERS}
             state |= {"args": plain(self.asked), "backend": self.spec.backend}
             state |= {"data": self.metadata["sha256"], "device": self.device.type}
+            state |= {"method": self.method}
             for name, part in self.parts.items():
                 is_generator = isinstance(part, torch.Generator)
                 state[name] = part.get_state() if is_generator else part.state_dict()
@@ -242,7 +270,7 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             state = read_checkpoint(path, self.device)
-            wanted = {"args", "backend", "data", "device", *COUNTERS, *self.parts}
+            wanted = {"args", "backend", "data", "device", "method", *COUNTERS, *self.parts}
             if missing := wanted - state.keys():
                 raise ValueError(f"{path} holds no {', '.join(sorted(missing))}: delete it.")
             self._check_identity(path, state)
@@ -266,12 +294,21 @@ class Run:
     def _check_identity(self, path: Path, state: dict) -> None:
         """Raise a ValueError unless the checkpoint is of a run with these flags and data."""
         if state["device"] != self.device.type:  # its random numbers differ: it is another run
-            raise ValueError(f"{path} was trained with --device {state['device']}.")
+            raise ValueError(
+                f"{path} was trained with --device {state['device']}: give that, or another --out."
+            )
+        if state["method"] != self.method:
+            raise ValueError(
+                f"{path} is of the method {state['method']}, not {self.method}: go on with the "
+                "program that wrote it, or give another --out."
+            )
         if state["data"] != self.metadata["sha256"]:
-            raise ValueError(f"{path} is of a run on other data than {self.metadata['path']}.")
-        mine, theirs = plain(self.asked), state["args"]
+            raise ValueError(
+                f"{path} is of a run on other data than {self.metadata['path']}: give its data, or "
+                "another --out."
+            )
+        theirs = state["args"]
         require(isinstance(theirs, dict), f"{path}: args")
-        checked = [k for k in mine if k not in (*MAY_DIFFER, "dataset")]  # data: by their hash
-        if differ := [k for k in checked if mine[k] != theirs.get(k)]:
+        if differ := self._differing(theirs):
             told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ)
             raise ValueError(f"{path} is of a run with {told}; give that, or another --out.")

@@ -31,12 +31,30 @@ def make_dataset(lengths=LENGTHS, avail=True, extra_rows=0, **options) -> Offlin
         obs=number[:, None, None] + torch.arange(N * O).view(N, O) / 16,
         state=number[:, None] + torch.arange(S) / 16,
         actions=number[:, None, None].expand(-1, N, A),
-        avail=-number[:, None, None].expand(-1, N, A) if avail else None,
+        avail=-1 - number[:, None, None].expand(-1, N, A) if avail else None,
         reward=number * 2,
         terminated=number * 3,
         lengths=lengths,
         **options,
     )
+
+
+@pytest.mark.parametrize(
+    "change,told",
+    [
+        ({"obs": torch.zeros(7, 2, 2, dtype=torch.float64)}, "obs: a float32 tensor is needed"),
+        ({"reward": torch.zeros(7, 1)}, "reward: a float32 tensor is needed with 7 rows, 1 dim"),
+        ({"state": torch.full((7, 2), torch.nan)}, "state: there is NaN"),
+        ({"avail": torch.eye(7)[:, :6].view(7, 2, 3)}, "avail: an agent has no available action"),
+    ],
+)
+def test_columns_that_would_spoil_training_are_refused(change, told):
+    good = {"obs": torch.zeros(7, 2, 2), "state": torch.zeros(7, 2), "avail": torch.ones(7, 2, 3),
+            "actions": torch.zeros(7, 2, 3), "reward": torch.zeros(7),
+            "terminated": torch.zeros(7)}  # fmt: skip
+    OfflineDataset(**good, lengths=[3, 2])
+    with pytest.raises(ValueError, match=told):
+        OfflineDataset(**good | change, lengths=[3, 2])
 
 
 def last_rows(lengths) -> set[int]:
@@ -68,7 +86,7 @@ def test_gather_over_several_steps_ends_with_the_episode():
     batch = data.gather(torch.tensor([0, 2, 3, 5]), steps=3, gamma=0.5)
     assert batch.steps.tolist() == [3, 2, 1, 1]
     assert batch.next_state[:, 0].tolist() == [3, 4, 4, 6]
-    assert batch.next_obs[:, 0, 0].tolist() == batch.next_avail[:, 0, 0].neg().tolist()
+    assert batch.next_obs[:, 0, 0].tolist() == (-1 - batch.next_avail[:, 0, 0]).tolist()
     assert batch.next_obs[:, 0, 0].tolist() == [3, 4, 4, 6]
     assert batch.terminated.tolist() == [3 * 2, 3 * 3, 3 * 3, 3 * 5]  # of the last step
     assert batch.reward.tolist() == [0 + 0.5 * 2 + 0.25 * 4, 4 + 0.5 * 6, 6, 10]

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from faults import battles
 
 import datasets
 from datasets.episodes import KEYS
@@ -174,6 +175,15 @@ def test_wins_are_inferred_from_smacs_bonus():
     assert infer_wins(columns, lengths, returns / 2) is None
     assert infer_wins(columns | {"reward": reward - 1}, lengths, returns) is None
     assert infer_wins(columns | {"avail": None}, lengths, returns) is None
+
+
+@pytest.mark.parametrize(
+    "env_id,inferred", [("3m", True), ("protoss_5_vs_5", True), ("toy", False)]
+)
+def test_wins_are_inferred_on_starcrafts_maps_alone(env_id, inferred, tmp_path):
+    datasets.save_episodes(tmp_path / "x.h5", battles(), {"env_id": env_id})
+    columns, _, metadata = datasets.read_episodes(tmp_path / "x.h5")
+    assert ("won" in columns) == inferred == metadata.get("win_rate_inferred", False)
 
 
 # --------------------------------------------------------------------------------------- refusals

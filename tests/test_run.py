@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -153,6 +154,40 @@ def test_a_killed_and_resumed_run_ends_the_same(go, whole, tmp_path, monkeypatch
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     rows = [(x / "metrics.csv").read_text() for x in (folder, tmp_path / "killed")]
     assert rows[0] == rows[1]
+
+
+def test_a_finished_run_with_other_flags_is_not_replaced(go, toy, tmp_path):
+    go(*toy)
+    before = (tmp_path / "run" / "final.json").read_bytes()
+    with pytest.raises(SystemExit, match=r"holds a finished run with --wm-lr 0.003: give another"):
+        go(*toy, "--wm-lr", "0.1")
+    with pytest.raises(SystemExit, match="holds a finished run with method logo"):
+        go(*toy, "--synthetic-fraction", "0")
+    assert (tmp_path / "run" / "final.json").read_bytes() == before
+    go(*toy)  # the same run again replaces it
+
+
+def test_a_learner_of_ones_own_has_its_own_name(go, toy, tmp_path):
+    args = train.parse([*TINY, *toy, "--out", str(tmp_path / "run")])
+    learner = lambda *x: train.make_learner(*x)  # noqa: E731
+    assert train.main(args, learner=learner)["method"] == "own"
+    with pytest.raises(SystemExit, match="is of the method own, not logo: go on with the program"):
+        go(*toy, "--resume")
+
+
+def test_continuous_actions_of_another_task_are_told_the_flags(go, tmp_path, capsys):
+    path = tmp_path / "toy.h5"
+    discrete = battles()
+    continuous = {k: v for k, v in discrete.items() if k != "avail_actions"}
+    continuous["actions"] = discrete["avail_actions"].astype(np.float32)
+    datasets.save_episodes(path, continuous, {"env_id": "toy"})
+    final = go("--dataset", str(path), "--env-id", "toy")
+    assert final["backend"] == "offline"
+    told = re.search("robots have (.*)\n", capsys.readouterr().out)[1].split()
+    usual = {k: v for k, v in train.CONTINUOUS.items() if k != "eval_episodes"}
+    args = train.parse(["--env-id", "toy", *told])
+    assert all(getattr(args, k) == v for k, v in usual.items())
+    assert len(told) == 2 * len(usual)
 
 
 def test_checkpoints_are_due_by_their_cost(go, toy, monkeypatch):
