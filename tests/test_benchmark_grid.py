@@ -181,6 +181,8 @@ def test_variants_are_an_axis_with_folders_of_its_own(tmp_path):
     assert all(run.flags[-2:] != ["--threads", "1"] for run in runs if run.variant)
     with pytest.raises(ValueError, match="--variants: --seed is the grid's own"):
         grid.plan(*given, "--seed 2")
+    with pytest.raises(ValueError, match="--env-ids: 'nothere' is none of 3s_vs_5z"):
+        grid.plan(["nothere"], *given[1:])
 
 
 def test_a_new_row_replaces_the_same_experiment(tmp_path):

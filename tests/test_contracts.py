@@ -1,16 +1,22 @@
 """train.main takes any learner and any world model that keep the contracts, and compiles them."""
 
 import copy
+import dataclasses
 import math
+import re
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import TINY
+from faults import battles
 from test_sync import make_data
 
+import datasets
 import macql
 import train
 from buffer import SyntheticBuffer, mix
@@ -174,3 +180,29 @@ def test_compiled_and_eager_cloning_are_equal():
             for p, g in zip(learner.actor.parameters(), grads[0], strict=True):
                 p -= 0.1 * g
     assert F.relu(losses[0]) > 0
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_the_program_of_copying_md_is_train_py(discrete, tmp_path):
+    """The same weights after as many updates, with everything but sizes at its default."""
+    arrays, path = battles(), tmp_path / "toy.h5"
+    if not discrete:
+        arrays["actions"] = 2.0 * arrays.pop("avail_actions").astype(np.float32) - 1.0
+        arrays["actions"] *= arrays["filled"][..., None]
+    datasets.save_episodes(path, arrays, {"env_id": "toy"})
+    args = train.defaults("toy" if discrete else "HalfCheetah-6x1")
+    args = dataclasses.replace(
+        args, env_id="toy", dataset=path, seed=0, updates=8, wm_updates=3, horizon=2,
+        rollout_batch_size=10, rollout_interval=3, device="cpu", out=tmp_path / "run",
+    )  # fmt: skip
+    train.main(args)
+    ours = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    columns, lengths, _ = datasets.read_episodes(path)
+    kept = {k: None if x is None else torch.from_numpy(x) for k, x in columns.items() if k != "won"}
+    text = (Path(__file__).parent.parent / "docs" / "copying.md").read_text()
+    names = {}
+    exec(re.search("```python\n(.*?)```", text, re.S)[1], names)
+    torch.manual_seed(0)
+    actor, model = names["train"](kept, lengths, discrete, 8, 3, 2, 10, 3)
+    torch.testing.assert_close(dict(actor.state_dict()), dict(ours["learner"]["ema_actor"]))
+    torch.testing.assert_close(dict(model.state_dict()), dict(ours["world_model"]))
