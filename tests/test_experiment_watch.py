@@ -172,6 +172,7 @@ def test_a_recorded_episode_beside_the_imagined_one(dataset, tmp_path, undrawn):
     assert not np.array_equal(last[:, : imagined.WIDTH], left)  # ... and both go on
     with pytest.raises(SystemExit, match="no held-out episode is as long; give fewer"):
         command.cli(["watch", str(tmp_path), "--imagined", "--steps", "101"])
+    (tmp_path / "final.json").unlink()  # else a run with other flags does not replace it
     train.cli([*flags, "--updates", "2", "--eval-every", "2", "--synthetic-fraction", "0"])
     with pytest.raises(SystemExit, match="was trained without a world model"):
         command.cli(["watch", str(tmp_path), "--imagined"])
