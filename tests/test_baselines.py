@@ -251,16 +251,12 @@ def test_a_grid_starts_a_baseline_with_its_own_flags(tmp_path):
     assert run.args.uncertainty == "penalty" and other.args.temperature == 0.5
 
 
-@pytest.mark.parametrize("name", ["cfcql", "ensemble", "planning"])
+@pytest.mark.parametrize("name", ["cfcql", "planning"])
 def test_a_run_ends_and_goes_on_after_a_kill(name, dataset, tmp_path, killed, undrawn):
     module = importlib.import_module(f"baselines.{name}")
 
     def go(folder: str, *more: str) -> dict:
-        part = {"world_model": getattr(module, "make_world_model", None)}
-        if name != "ensemble":
-            part = {"learner": getattr(module, "make_learner", None)}
-        if name == "planning":
-            part = module.builders()
+        part = {"learner": cfcql.make_learner} if name == "cfcql" else module.builders()
         given = [*TINY, "--u-scale", "0" if name == "planning" else "5", "--horizon", "15"]
         given += ["--dataset", str(dataset), "--out", str(tmp_path / folder), *more]
         return baselines.run(name, module.Args, None, given, **part)
