@@ -100,11 +100,14 @@ class Run:
         file = self.folder / "final.json"
         try:
             final = json.loads(file.read_text())
-            theirs, method = final["args"], final["method"]
-        except (OSError, ValueError, LookupError, TypeError):
+            theirs, method, data = final["args"], final["method"], final["dataset"]["sha256"]
+            differ = [f"--{k.replace('_', '-')} {theirs.get(k)}" for k in self._differing(theirs)]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return  # no finished run
-        differ = [f"--{k.replace('_', '-')} {theirs.get(k)}" for k in self._differing(theirs)]
-        differ = [f"method {method}"] if method != self.method else differ
+        if data != self.metadata["sha256"]:
+            differ = ["other data"]
+        if method != self.method:
+            differ = [f"method {method}"]
         if differ:
             raise ValueError(
                 f"{self.folder} holds a finished run with {', '.join(differ)}: give another --out, "
@@ -158,9 +161,8 @@ class Run:
 
     def log(self, metrics: dict[str, torch.Tensor]) -> None:
         """Remember this update's metrics, 0-d tensors; nothing is read from the GPU yet."""
-        values = torch.stack(
-            [torch.as_tensor(x) for x in metrics.values()]
-        )  # a copy, for CUDA graphs
+        values = [torch.as_tensor(x) for x in metrics.values()]
+        values = torch.stack(values)  # a copy, for CUDA graphs
         self._history.append((list(metrics), values))
 
     def evaluation(self, update: int, score: dict) -> None:

@@ -163,6 +163,10 @@ def test_a_finished_run_with_other_flags_is_not_replaced(go, toy, tmp_path):
         go(*toy, "--wm-lr", "0.1")
     with pytest.raises(SystemExit, match="holds a finished run with method logo"):
         go(*toy, "--synthetic-fraction", "0")
+    datasets.save_episodes(tmp_path / "toy.h5", battles(seed=1), {"env_id": "toy"})
+    with pytest.raises(SystemExit, match="holds a finished run with other data"):
+        go(*toy)
+    datasets.save_episodes(tmp_path / "toy.h5", battles(), {"env_id": "toy"})
     assert (tmp_path / "run" / "final.json").read_bytes() == before
     go(*toy)  # the same run again replaces it
 
