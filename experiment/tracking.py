@@ -161,8 +161,7 @@ class Run:
 
     def log(self, metrics: dict[str, torch.Tensor]) -> None:
         """Remember this update's metrics, 0-d tensors; nothing is read from the GPU yet."""
-        values = [torch.as_tensor(x) for x in metrics.values()]
-        values = torch.stack(values)  # a copy, for CUDA graphs
+        values = torch.stack(list(metrics.values()))  # a copy, for CUDA graphs
         self._history.append((list(metrics), values))
 
     def evaluation(self, update: int, score: dict) -> None:

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, Killed
 from faults import battles
 
 import datasets
@@ -71,10 +71,6 @@ def whole(dataset, tmp_path_factory) -> tuple[Path, dict]:
 def save_after_every_update(monkeypatch) -> None:
     monkeypatch.setattr(tracking, "CHECKPOINT_SHARE", math.inf)
     monkeypatch.setattr(tracking, "LOG_EVERY", 2)
-
-
-class Killed(Exception):
-    """Nothing catches it, as nothing can catch SIGKILL."""
 
 
 def scores(final: dict) -> dict:
