@@ -76,6 +76,7 @@ class Spec(NamedTuple):
     action_dim: int  # A: number of discrete actions, or dimensions of a continuous one
     discrete: bool
     episode_limit: int  # steps after which an episode is truncated
+    can_win: bool = True  # no: there is no win rate
 
 
 class Step(NamedTuple):
@@ -394,7 +395,7 @@ def evaluate(env, act: Callable, episodes: int, seed: int, device: str = "cpu") 
     return {
         "return_mean": float(returns.mean()),
         "return_ci95": float(1.96 * spread / np.sqrt(len(returns))),
-        "win_rate": None if env.spec.backend == "mamujoco" else float(wins.mean()),
+        "win_rate": float(wins.mean()) if env.spec.can_win else None,
         "episodes": len(returns),
     }
 

@@ -241,6 +241,7 @@ def main(
     args: Args,
     learner: Callable = make_learner,
     world_model: Callable = make_world_model,
+    simulator: Callable | None = None,
     method: str | None = None,
 ) -> dict:
     """Train, evaluate, report; returns the content of final.json.
@@ -255,6 +256,8 @@ def main(
             .loss(batch) -> (scalar, metrics) and .imagine(policy, starts, horizon, generator) ->
             rollout with all entries of `LogoWM`'s; a .step, if there is one, returns what
             `LogoWM.step` does. For --compile both name in .compilable what to compile.
+        simulator: builds what plays the evaluations from (args): an object with .spec, .num_envs,
+            .reset and .step as `envs.SmaxEnv` has them; None: the one that --backend names.
         method: name of the method in the run's folder and report; None: logo, macql or bc, or
             "own" where a part is not one of this file.
     Raises:
@@ -270,7 +273,7 @@ def main(
     data, metadata = load_dataset(path, 0.05, 0, device, args.env_id)  # D, 5 % of it held out
     asked, args = args, setup.settle(args, data)  # numbers for what depends on the data
     setup.announce(args, device, metadata, method, continuous=data.avail is None)
-    env, spec = setup.choose_simulator(args, data, metadata)  # env None: nothing plays this task
+    env, spec = setup.choose_simulator(args, data, metadata, simulator)  # env None: offline
     setup.check_memory(args, spec, device)
     n_synthetic = round(args.synthetic_fraction * args.batch_size)  # 0: no world model
     n_real = args.batch_size  # beside imagined rows

@@ -94,7 +94,7 @@ def coverage(runs: tuple[Path, ...], episodes: int = 64, results: Path = VISITS)
     known = [(run, read_policy(run), read_checkpoint(run / "checkpoint.pt")) for run in runs]
     first = known[0][2]
     for run, _, stored in known:
-        if stored["data"] != first["data"] or stored["backend"] == "offline":
+        if stored["data"] != first["data"] or stored["backend"] not in envs.BACKENDS:
             raise ValueError(f"{run}: give runs that play one task and learned from the same data.")
     args, backend = first["args"], first["backend"]
     data, metadata = load_data(args)

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -202,9 +203,11 @@ def find_dataset(args) -> Path:
     return Path(os.path.relpath(absolute(path)))  # results are shared: no folders above this one
 
 
-def choose_simulator(args, data: OfflineDataset, metadata: dict):
+def choose_simulator(args, data: OfflineDataset, metadata: dict, own: Callable | None = None):
     """(environment or None, its Spec) for this data; prints which and why.
 
+    Args:
+        own: builds the environment from `args`; None: it is one of ours.
     Raises:
         ValueError: the data do not fit the backend that was asked for.
         ImportError, OSError: the backend that was asked for is not installed.
@@ -212,20 +215,19 @@ def choose_simulator(args, data: OfflineDataset, metadata: dict):
     sizes = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])  # N, O, S, A
     limit = int(data.lengths.max())
     offline = envs.Spec(args.env_id, "offline", *sizes, data.avail is not None, limit)
+    strict = own is not None or args.backend != "auto"  # it must be this simulator
     try:
-        backend, why = best_backend(args, metadata)
-        env = None
-        if backend != "offline":
-            most = {"smac": STARCRAFT_GAMES, "smacv2": STARCRAFT_GAMES, "mamujoco": ROBOTS}
-            slots = min(args.eval_episodes, most.get(backend, math.inf))
-            env = envs.make(args.env_id, slots, backend)
+        if own is not None:
+            env, why = own(args), "it was given"
+        else:
+            env, why = our_simulator(args, metadata)
     except (ImportError, OSError) as e:
-        if args.backend != "auto":
+        if strict:
             raise
         env, why = None, str(e)
-    if env is not None and sizes != env.spec[2:6]:
-        shown = env.spec[2:6]
-        if args.backend != "auto" or metadata.get("backend") == backend:
+    if env is not None and sizes != (shown := env.spec[2:6]):
+        backend = env.spec.backend
+        if strict or metadata.get("backend") == backend:
             raise ValueError(
                 f"{metadata['path']}: agents, observation, state and actions are {sizes}, but "
                 f"{args.env_id} on {backend} has {shown}; give the --env-id and --backend of the "
@@ -238,6 +240,16 @@ def choose_simulator(args, data: OfflineDataset, metadata: dict):
     print(f"no simulator: {why}; no episode will be played, the run ends with measures on "
           "held-out data")  # fmt: skip
     return None, offline
+
+
+def our_simulator(args, metadata: dict):
+    """(environment of `best_backend`, or None if that is "offline", and why it was chosen)."""
+    backend, why = best_backend(args, metadata)
+    if backend == "offline":
+        return None, why
+    most = {"smac": STARCRAFT_GAMES, "smacv2": STARCRAFT_GAMES, "mamujoco": ROBOTS}
+    slots = min(args.eval_episodes, most.get(backend, math.inf))
+    return envs.make(args.env_id, slots, backend), why
 
 
 def best_backend(args, metadata: dict) -> tuple[str, str]:

@@ -44,9 +44,10 @@ def watch(run: Path, episodes: int = 1, out: Path | None = None, seed: int = 0) 
     check_picture(out)
     stored = read_policy(run)
     env_id = stored["args"]["env_id"]
-    if stored["backend"] == "offline":
+    if stored["backend"] not in envs.BACKENDS:
         raise ValueError(
-            f"{run} was trained without a simulator, so there is none to show {env_id} in."
+            f"{run} was trained without a simulator of this project (its backend is "
+            f"{stored['backend']}), so there is none to show {env_id} in."
         )
     env = envs.make(env_id, 1, stored["backend"], render=True)
     try:

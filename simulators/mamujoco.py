@@ -145,6 +145,7 @@ class MamujocoEnv:
             action_dim=a,
             discrete=False,
             episode_limit=self.robots[0].spec.max_episode_steps,
+            can_win=False,
         )
 
     def reset(self, seed: int | None = None) -> Step:

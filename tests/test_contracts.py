@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from faults import battles
 from test_sync import make_data
 
 import datasets
+import envs
 import macql
 import train
 from buffer import SyntheticBuffer, mix
+from experiment.watch import watch
 
 
 class CloningLearner:
@@ -88,6 +91,47 @@ def test_stand_ins_train_end_to_end(parts, dataset, tmp_path, undrawn):
     metrics = (tmp_path / "run" / "metrics.csv").read_text()
     assert ("policy,6,distance" in metrics) == ("learner" in given)
     assert ("wm,4,error" in metrics) == ("world_model" in given)
+
+
+class Counting:
+    """The smallest simulator: eight steps, and one agent's choice, counted from 1, pays in each."""
+
+    def __init__(self, args, obs_dim=5):
+        self.num_envs = args.eval_episodes
+        self.spec = envs.Spec("toy", "counting", 3, obs_dim, 7, 6, True, 8, can_win=False)
+
+    def reset(self, seed=None):
+        self.left = 8
+        return self.seen(np.zeros(self.num_envs))
+
+    def step(self, actions):
+        self.left -= 1
+        return self.seen(1.0 + actions[:, 0].argmax(-1))
+
+    def seen(self, reward):
+        e, (n, o, s, a) = self.num_envs, self.spec[2:6]
+        arrays = [np.ones(x, np.float32) for x in ((e, n, o), (e, s), (e, n, a))]
+        no, over = np.zeros(e, bool), np.full(e, self.left == 0)
+        return envs.Step(*arrays, reward, no, over, no, over)
+
+
+def test_a_simulator_of_ones_own_plays_the_evaluations(tmp_path, undrawn):
+    path = tmp_path / "toy.h5"
+    datasets.save_episodes(path, battles(), {"env_id": "toy"})
+    args = train.parse([*TINY, "--dataset", str(path), "--out", str(tmp_path / "run")])
+    final = train.main(args, simulator=Counting)
+    assert (final["backend"], final["method"]) == ("counting", "logo")
+    actor = macql.Actor(torch.zeros(3, 5), torch.ones(3, 5), 6, 16)
+    stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    actor.load_state_dict(stored["learner"]["ema_actor"])
+    paid = 1.0 + actor.greedy(torch.ones(1, 3, 5), torch.ones(1, 3, 6))[0, 0].argmax().item()
+    assert final["eval"] == {
+        "return_mean": 8 * paid, "return_ci95": 0.0, "win_rate": None, "episodes": 16
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="but toy on counting has \\(3, 4, 7, 6\\)"):
+        train.main(args, simulator=partial(Counting, obs_dim=4))
+    with pytest.raises(ValueError, match="without a simulator of this project .*counting"):
+        watch(tmp_path / "run")
 
 
 @pytest.mark.parametrize("imagined_rows", ["added", "instead", "printed"])
