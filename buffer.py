@@ -144,7 +144,7 @@ class OfflineDataset:
         return self.gather(self.train[pick], steps, gamma)
 
     def statistics(self) -> dict[str, torch.Tensor]:
-        """Of o (N,O), s (S,), r () and terminated () in D: mean, std, min, max and zero, as
+        """Of o (N,O), s (S,), r () and terminated () in D.train: mean, std, min, max and zero, as
         obs_mean, ...; zero is the share of rows in which an entry is exactly 0.
 
         Min and max of o and s are over o' and s', too: episodes end where no transition starts.
@@ -179,8 +179,8 @@ class SyntheticBuffer:
         device: where the rows are kept.
         discrete: rows have a mask of available actions.
         cap: C of Eq. (7): bound of P_u; exp(-C) is the smallest relative weight of a row.
-        u_scale: unit of u in P_u; the paper: 1. 0: a quarter of u's median on recorded states, with
-            which the weights do not depend on u's scale.
+        u_scale: unit of u in P_u (the paper: 1); 0 takes a quarter of u's median on recorded
+            states, so that the weights do not depend on u's scale.
         weighted: False samples every row alike (the ablation without Eq. (7)).
     """
 

@@ -85,7 +85,7 @@ class Step(NamedTuple):
     obs: np.ndarray  # (E,N,O) float32
     state: np.ndarray  # (E,S) float32
     avail: np.ndarray | None  # (E,N,A) float32, 1 = available; None: continuous actions
-    reward: np.ndarray  # (E,) float32, of the whole team, on SMAC's scale (a won episode pays 20)
+    reward: np.ndarray  # (E,) float32, of the whole team; SMAX: on SMAC's scale, a win pays 20
     terminated: np.ndarray  # (E,) bool, the task ended at this step: no value beyond
     truncated: np.ndarray  # (E,) bool, the time limit was reached at this step: the value goes on
     won: np.ndarray  # (E,) bool, won at this step

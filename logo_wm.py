@@ -18,8 +18,8 @@ to invert it.
   E_d  encoder of the deductive model    R_d  its decoder     Eq. (3), (4), Sec. 4.2
   E_ps auxiliary state encoder           u    uncertainty     Eq. (5), (6), Sec. 4.3
 
-Tensors outside are in raw units; inside they are standardised with the data's statistics, which are
-buffers of the module and so part of its state_dict.
+Tensors outside are in raw units; inside, o, s and r are standardised with the data's statistics,
+which are buffers of the module and so part of its state_dict.
 
 Departures from the paper; docs/deviations.md has the flags that take them back:
   D1  R_d also sees s (and a) and predicts the change of s: what no agent observes cannot be
@@ -82,7 +82,7 @@ class Prediction(NamedTuple):
     """Of observations or states, in standardised units: means, and which entries are 0."""
 
     value: torch.Tensor  # the mean of an entry, given that it is not 0 in raw units
-    logit: torch.Tensor | None  # of the probability that it is not; None: Gaussian alone (paper)
+    logit: torch.Tensor | None  # of P(an entry is not 0); None: Gaussian alone (paper)
 
 
 class LogoWM(nn.Module):
@@ -90,7 +90,7 @@ class LogoWM(nn.Module):
 
     Args:
         num_agents, obs_dim, state_dim, action_dim: N, O, S, A.
-        hidden: width of every layer.
+        hidden: width of the layers; of the heads' half.
         discrete: actions are one-hot, and some may be unavailable.
         statistics: of the data: obs_mean (N,O), state_std (S,), reward_min (), ... as
             `buffer.OfflineDataset.statistics` returns them; None = standardised already, no clamp.
@@ -142,7 +142,7 @@ class LogoWM(nn.Module):
             for moment, value in default.items():
                 key = f"{name}_{moment}"
                 tensor = statistics[key].clone() if statistics else torch.full(shape, value)
-                if moment == "std":  # a constant column carries no information: leave it at 0
+                if moment == "std":  # a constant column is only centred: it stays 0
                     tensor = torch.where(tensor == 0, 1.0, tensor)
                 self.register_buffer(key, tensor)
             if name != "reward":  # Deviation D11
@@ -170,7 +170,7 @@ class LogoWM(nn.Module):
     def prediction(self, name: str, out: torch.Tensor, now: torch.Tensor | float) -> Prediction:
         """A network's output (...,D) or (...,2D) as changes from `now`, and logits."""
         value, logit = out.chunk(2, -1) if self.zeros else (out, None)
-        if logit is not None:  # entries that are always or never 0 are left to the Gaussian
+        if logit is not None:  # entries (nearly) always or never 0 are left to the Gaussian
             logit = torch.where(getattr(self, f"{name}_sometimes_zero"), logit, torch.inf)
         return Prediction(now + value, logit)
 
@@ -194,8 +194,8 @@ class LogoWM(nn.Module):
     def draw(self, state: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
         """Deviation D11: numbers (B,1) by which `decide` makes entries of s' 0; None: not drawn.
 
-        One for all entries of a row, as a unit dies with all of its entries; but so units, too, die
-        together more often than they should, each as often as it should.
+        One for all entries of a row, as a unit dies with all of its entries. Each unit then dies
+        as often as it should, but too often together with others.
         """
         if not self.draw_zeros:
             return None
@@ -213,7 +213,7 @@ class LogoWM(nn.Module):
         return (loss * sometimes + nonzero * error).sum(-1)
 
     def predict(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> Prediction:
-        """E_p: the next observations (B,N,O); everything standardised."""
+        """E_p: the next observations (B,N,O); o and s standardised."""
         h_s = self.enc_state(s).relu_().unsqueeze(1).expand(-1, o.shape[1], -1)  # (B,N,hidden)
         h_o = self.enc_obs(torch.cat([o, a], -1)).relu_()  # (B,N,hidden)
         return self.prediction("obs", self.enc_p(torch.cat([h_s, h_o], -1)), o)
@@ -235,7 +235,7 @@ class LogoWM(nn.Module):
         return self.prediction("obs", self.enc_d(x.expand(-1, len(self.obs_mean), -1)), 0.0)
 
     def predict_directly(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """E_ps: (s_hat, r_hat) (B,S+1) without the way through o_hat; everything standardised."""
+        """E_ps: (s_hat, r_hat) (B,S+1) without the way through o_hat; o, s standardised."""
         change = self.enc_ps(torch.cat([s, o.flatten(1), a.flatten(1)], -1))
         return change + F.pad(s, (0, 1))
 
@@ -283,8 +283,8 @@ class LogoWM(nn.Module):
 
         loss_ps = gaussian_nll(s_and_r, self.predict_directly(o, a, s)).mean()  # Eq. (6)
 
-        # Deviation D3. The heads read what a rollout consists of, and do not change it. If zeros
-        # are drawn, they read those of the data: a draw of 0 makes an entry 0, one of 1 does not.
+        # Deviation D3. The heads read what a rollout consists of, and do not change it. With
+        # draw_zeros they read the data's zeros: for `decide`, 0 draws a zero and 1 does not.
         with torch.no_grad():
             draw = (batch.next_state != 0).to(s) if self.draw_zeros else None  # Deviation D11
             s_seen = self.standardise("state", self.decide("state", deduced[0], draw))
@@ -313,8 +313,9 @@ class LogoWM(nn.Module):
         Returns:
             next_obs (B,N,O), next_state (B,S): see `decide`; mean_obs, mean_state: their expected
             values; reward (B,) expected, and what it is if the episode goes on or ends there:
-            running_reward, last_reward (B,); direct_state (B,S), direct_reward (B,), uncertainty
-            (B,) in standardised units, terminated (B,) probability, next_avail (B,N,A) 0/1 or None.
+            running_reward, last_reward (B,); direct_state (B,S), direct_reward (B,): of E_ps;
+            uncertainty (B,), standardised; terminated (B,), a probability; next_avail (B,N,A) 0/1
+            or None.
         """
         o, s, a = self.standardise("obs", obs), self.standardise("state", state), actions
         predicted = self.predict(o, a, s)
@@ -385,8 +386,8 @@ class LogoWM(nn.Module):
                 obs, state = self.clamp_to_data("obs", obs), self.clamp_to_data("state", state)
             done = torch.zeros_like(valid)
             if self.heads:  # Deviation D3: ends are random events in the data, so they are sampled
-                draw = torch.rand(valid.shape, generator=generator, device=valid.device)
-                done, avail = (draw < out["terminated"]).float(), out["next_avail"]
+                chance = torch.rand(valid.shape, generator=generator, device=valid.device)
+                done, avail = (chance < out["terminated"]).float(), out["next_avail"]
                 reward = torch.where(done > 0, out["last_reward"], out["running_reward"])
             if self.clamp:
                 reward = self.clamp_to_data("reward", reward)

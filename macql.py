@@ -28,7 +28,7 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
   D7  the minimum of two critics in the Bellman target.  D19 a slowly following target critic.
   D8  imagined rows count in the Bellman error alone. Eq. (10) prints them where values are pushed
       down, Eq. (12) in both of its terms; Algorithm 1 has one sampled batch for everything.
-  D4  the value in the Bellman target lies within the returns of recorded episodes.
+  D4  the value in the Bellman target lies within the data's returns-to-go.
   D12 step sizes fall linearly to zero.  D13 a moving average of the actor is evaluated.
   D14 one actor network for all agents.  D21 the value in Eq. (12) divided by its magnitude.
   D26 the critic learns alone before the policies move.
@@ -259,8 +259,8 @@ def critic_loss(
         noise: of `action_noise`, for the continuous log-sum-exp alone.
         conservative: "logsumexp" or, as Eq. (10) prints, "expectation" under the policy.
         backup: next actions by the "policy", or by the "max" of Eq. (11) (discrete actions).
-        imagined_in: where imagined rows count: "bellman", in the Bellman error alone, or as Eq.
-            (10) is "printed", among the values that are pushed down alone.
+        imagined_in: where imagined rows count: "bellman", only in the Bellman error; "printed", as
+            in Eq. (10), only among the values that are pushed down.
         bounds: of the next state's value in the Bellman target.
     """
     size, real = len(batch.reward), real_weights(is_real)
@@ -296,8 +296,8 @@ def critic_loss(
 def action_distance(pi: torch.Tensor, actions: torch.Tensor, discrete: bool) -> torch.Tensor:
     """|pi_i(o^i) - a^i|^2 of Eq. (12), (B,); both arguments are (B,N,A).
 
-    Discrete: summed over the agents, each of which has a loss of its own in line 31, as Q is a sum
-    over them, too. Continuous: their mean.
+    Discrete: summed over the agents, as Q is (Algorithm 1, line 31: a loss each). Continuous: their
+    mean.
     """
     distance = (pi - actions).square().sum(-1)  # (B,N)
     return distance.sum(-1) if discrete else distance.mean(-1)
@@ -359,7 +359,7 @@ def linear_decay(
     """The step size falls linearly to zero in `updates` calls of `.step()`; 0 keeps it constant."""
     # Deviation D12
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda k: 1 - k / updates if updates else 1.0
+        optimizer, lambda k: max(0.0, 1 - k / updates) if updates else 1.0
     )
 
 

@@ -99,8 +99,8 @@ class Args:
     horizon: int = 15
     """H, steps of an imagined rollout [Sec. 5.1]"""
     epsilon: float = 0.6
-    """D16: agents that act at random in a step of a rollout, on average (robots: noise on every
-    action); paper: 0 [ours]"""
+    """D16: agents that act at random in a step of a rollout, on average (continuous: noise on every
+    one); paper: 0 [ours]"""
     rollout_batch_size: int = 1_000
     """M, rollouts per collection, from real states drawn uniformly [ours]"""
     rollout_interval: int = 500
@@ -171,7 +171,7 @@ class Args:
     """log to Weights & Biases, too [ours]"""
 
 
-# Defaults where actions are continuous; chosen on other seeds than those reported
+# Defaults for robots; chosen on other seeds than those reported
 CONTINUOUS = {"eval_episodes": 20, "eval_every": 500, "updates": 5_000, "epsilon": 0.2,
               "conservative": "expectation", "gamma": 0.95, "bc_lambda": 0.6}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
@@ -184,7 +184,7 @@ PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": F
 
 
 def defaults(env_id: str, paper: bool = False, kind: type[Args] = Args) -> Args:
-    """The flags' defaults for a task: other ones for continuous actions and with --paper."""
+    """The flags' defaults for a task: other ones for robots and with --paper."""
     args = kind(env_id=env_id, paper=paper, episodes=default_episodes(env_id))
     robot = CONTINUOUS | getattr(kind, "ON_ROBOTS", {}) if envs.is_robot(env_id) else {}
     return dataclasses.replace(args, **(robot | (PAPER if paper else {})))
@@ -229,7 +229,7 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         bounds = (returns.min().item(), returns.max().item())
     return MACQL(
         actor, critic, args.lr, decay_updates(args, args.updates), args.tau,
-        0.0 if args.paper else 0.995,  # Deviation D13
+        0.0 if args.paper else 0.995,  # ema_decay: Deviation D13
         args.gamma, args.cql_alpha, args.conservative, args.backup,
         "printed" if args.imagined_rows == "printed" else "bellman", bounds,  # Deviation D8
         args.bc_lambda, normalise_q=not (spec.discrete or args.paper),  # Deviation D21
@@ -259,7 +259,7 @@ def main(
         simulator: builds what plays the evaluations from (args): an object with .spec, .num_envs,
             .reset and .step as `envs.SmaxEnv` has them; None: the one that --backend names.
         method: name of the method in the run's folder and report; None: logo, macql or bc, or
-            "own" where a part is not one of this file.
+            "own" with another learner or world model.
     Raises:
         ValueError, OSError, ImportError: one sentence about a flag, a file or a missing package.
         FloatingPointError: training diverged.
@@ -296,7 +296,8 @@ def main(
         )  # Deviation D15
         wm_schedule = linear_decay(wm_optimizer, decay_updates(args, args.wm_updates))
         model_data = SyntheticBuffer(  # D_m
-            setup.collections(args), args.horizon, args.rollout_batch_size, *spec[2:6],
+            setup.collections(args), args.horizon, args.rollout_batch_size,
+            *spec[2:6],  # N, O, S, A
             device, spec.discrete, args.cap, args.u_scale,
             weighted=args.uncertainty in ("weight", "shuffled"),
         )  # fmt: skip

@@ -47,7 +47,7 @@ def draw_returns(ax, final: dict) -> None:
     if clone := final["clone"]:
         ax.axhline(clone["return_mean"], color="grey", ls="--", label="behaviour cloning")
     ax.axhline(final["dataset"]["return_mean"], color="grey", label="data")
-    ax.set(xlabel="policy updates", ylabel="return", title=f"{final['env_id']}, {final['backend']}")
+    ax.set(xlabel="updates", ylabel="return", title=f"{final['env_id']}, {final['backend']}")
     ax.legend()
 
 

@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import behaviour
@@ -213,33 +214,50 @@ def choose_simulator(args, data: OfflineDataset, metadata: dict, own: Callable |
         ImportError, OSError: the backend that was asked for is not installed.
     """
     sizes = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])  # N, O, S, A
-    limit = int(data.lengths.max())
-    offline = envs.Spec(args.env_id, "offline", *sizes, data.avail is not None, limit)
+    sizes = (*sizes, data.avail is not None)
+    offline = envs.Spec(args.env_id, "offline", *sizes, int(data.lengths.max()))
     strict = own is not None or args.backend != "auto"  # it must be this simulator
     try:
         if own is not None:
             env, why = own(args), "it was given"
         else:
             env, why = our_simulator(args, metadata)
-    except (ImportError, OSError) as e:
-        if strict:
+    except (ImportError, OSError, ValueError) as e:
+        known = isinstance(e, ValueError) and metadata.get("backend") in envs.BACKENDS
+        if strict or known:  # else the task is none of ours, perhaps by its name alone
             raise
         env, why = None, str(e)
-    if env is not None and sizes != (shown := env.spec[2:6]):
-        backend = env.spec.backend
+    if env is not None and sizes != (shown := env.spec[2:7]):
+        backend, what = env.spec.backend, "agents, observation, state, actions, discrete"
         if strict or metadata.get("backend") == backend:
             raise ValueError(
-                f"{metadata['path']}: agents, observation, state and actions are {sizes}, but "
-                f"{args.env_id} on {backend} has {shown}; give the --env-id and --backend of the "
-                "recording."
+                f"{metadata['path']}: ({what}) is {sizes}, but {args.env_id} on {backend} has "
+                f"{shown}; these must agree (--env-id, --backend, or the spec of your simulator)."
             )
-        env, why = None, f"{why}, and {backend} has (N, O, S, A) = {shown}, the data {sizes}"
+        env, why = None, f"{why}, and {backend} has ({what}) = {shown}, the data {sizes}"
+    if own is not None:
+        check_first_step(env)
     if env is not None:
         print(f"simulator {env.spec.backend}: {why}")
         return env, env.spec
     print(f"no simulator: {why}; no episode will be played, the run ends with measures on "
           "held-out data")  # fmt: skip
     return None, offline
+
+
+def check_first_step(env) -> None:
+    """Refuse, before hours of training, a simulator that does not show what its spec says.
+
+    Raises:
+        ValueError: which array, what it is, what it should be.
+    """
+    now, e, (n, o, _, a) = env.reset(0), env.num_envs, env.spec[2:6]
+    avail = f"float32 {(e, n, a)}" if env.spec.discrete else "None"
+    for name, needed in (("obs", f"float32 {(e, n, o)}"), ("avail", avail)):
+        x = getattr(now, name)
+        shown = "None" if x is None else f"{np.asarray(x).dtype} {np.shape(x)}"
+        if shown != needed:
+            raise ValueError(f"{env.spec.backend}: .reset().{name} is {shown}, not {needed}.")
 
 
 def our_simulator(args, metadata: dict):
@@ -283,7 +301,7 @@ def announce(args, device: torch.device, metadata: dict, name: str, continuous: 
     if continuous and not envs.is_robot(args.env_id):
         print("     warning: this is none of the robots, so the defaults are those of discrete "
               "actions; robots have --conservative expectation --gamma 0.95 --bc-lambda 0.6 "
-              "--epsilon 0.2 --updates 5000 --eval-every 500")  # fmt: skip
+              "--epsilon 0.2 --updates 5000 --eval-every 500 --eval-episodes 20")  # fmt: skip
     if metadata.get("win_rate") == 0:
         print("     warning: no recorded episode was won, so there is no victory to learn from")
     for repair in metadata.get("repaired", []):

@@ -115,6 +115,14 @@ class Counting:
         return envs.Step(*arrays, reward, no, over, no, over)
 
 
+class Short(Counting):
+    """One that shows less than its spec says."""
+
+    def seen(self, reward):
+        now = super().seen(reward)
+        return now._replace(obs=now.obs[..., :4])
+
+
 def test_a_simulator_of_ones_own_plays_the_evaluations(tmp_path, undrawn):
     path = tmp_path / "toy.h5"
     datasets.save_episodes(path, battles(), {"env_id": "toy"})
@@ -128,8 +136,10 @@ def test_a_simulator_of_ones_own_plays_the_evaluations(tmp_path, undrawn):
     assert final["eval"] == {
         "return_mean": 8 * paid, "return_ci95": 0.0, "win_rate": None, "episodes": 16
     }  # fmt: skip
-    with pytest.raises(ValueError, match="but toy on counting has \\(3, 4, 7, 6\\)"):
+    with pytest.raises(ValueError, match="but toy on counting has \\(3, 4, 7, 6, True\\)"):
         train.main(args, simulator=partial(Counting, obs_dim=4))
+    with pytest.raises(ValueError, match="obs is float32 \\(8, 3, 4\\), not float32 \\(8, 3, 5\\)"):
+        train.main(args, simulator=Short)
     with pytest.raises(ValueError, match="without a simulator of this project .*counting"):
         watch(tmp_path / "run")
 
