@@ -137,8 +137,14 @@ class LogoWM(nn.Module):
         self.enc_ps = mlp(s + n * o + n * a, h, h, s + 1)  # E_ps -> (s_hat - s, r_hat)
         self.avail_head = agent_mlp(n, o, h // 2, a) if discrete else None  # Deviation D3
         self.end_head = mlp(s, h // 2, 2)  # Deviation D3: is s' the end, and its reward if it is
+        self.register_statistics({"obs": (n, o), "state": (s,), "reward": ()}, statistics)
+
+    # ---------------------------------------------------------------------------- the sub-networks
+
+    def register_statistics(self, sizes: dict[str, tuple], statistics: dict | None) -> None:
+        """Keep the data's statistics, of columns of these sizes, as buffers: obs_mean, ..."""
         default = {"mean": 0.0, "std": 1.0, "min": -torch.inf, "max": torch.inf}
-        for name, shape in {"obs": (n, o), "state": (s,), "reward": ()}.items():
+        for name, shape in sizes.items():
             for moment, value in default.items():
                 key = f"{name}_{moment}"
                 tensor = statistics[key].clone() if statistics else torch.full(shape, value)
@@ -151,8 +157,6 @@ class LogoWM(nn.Module):
                 self.register_buffer(f"{name}_sometimes_zero", sometimes)
         can_end = (statistics or {}).get("terminated_max", torch.ones(()))
         self.register_buffer("can_end", can_end.clone())  # 0: no episode of the data terminates
-
-    # ---------------------------------------------------------------------------- the sub-networks
 
     def standardise(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Raw units -> mean 0, standard deviation 1 in the data; `name` is obs, state or reward."""
@@ -290,17 +294,25 @@ class LogoWM(nn.Module):
             s_seen = self.standardise("state", self.decide("state", deduced[0], draw))
             shown = self.look(s_seen, deduced[1]) if self.observe == "deduced" else predicted
             o_seen = self.standardise("obs", self.decide("obs", shown))
-        is_end, last_r = self.end_head(s_seen).unbind(-1)  # (B,) logit, standardised
-        loss_end = F.binary_cross_entropy_with_logits(is_end, batch.terminated)
-        loss_end = loss_end + 0.5 * (batch.terminated * (r - last_r).square()).mean()
-        loss_avail = torch.zeros_like(loss_end)
-        if self.discrete:
-            logits = self.avail_head(o_seen)  # (B,N,A)
-            loss_avail = F.binary_cross_entropy_with_logits(logits, batch.next_avail)
+        loss_end, loss_avail = self.head_losses(o_seen, s_seen, batch)
         total = loss_p + loss_d + loss_rd + loss_ps + loss_end + loss_avail
         parts = {"L_p": loss_p, "L_d": loss_d, "L_Rd": loss_rd, "L_ps": loss_ps}
         parts |= {"L_end": loss_end, "L_avail": loss_avail}
         return total, {k: v.detach() for k, v in parts.items()}
+
+    def head_losses(self, o_seen, s_seen, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Deviation D3: cross-entropy of the end and half the squared error of its reward, and
+        cross-entropy of the available actions, from standardised o' (B,N,O) and s' (B,S).
+        """
+        is_end, last_r = self.end_head(s_seen).unbind(-1)  # (B,) logit, standardised
+        error = (self.standardise("reward", batch.reward) - last_r).square()
+        loss_end = F.binary_cross_entropy_with_logits(is_end, batch.terminated)
+        loss_end = loss_end + 0.5 * (batch.terminated * error).mean()
+        loss_avail = torch.zeros_like(loss_end)
+        if self.discrete:
+            logits = self.avail_head(o_seen)  # (B,N,A)
+            loss_avail = F.binary_cross_entropy_with_logits(logits, batch.next_avail)
+        return loss_end, loss_avail
 
     # ---------------------------------------------------------------------------------- using it
 
@@ -327,30 +339,38 @@ class LogoWM(nn.Module):
         s_seen = self.standardise("state", next_state)
         if self.observe == "deduced":  # Deviation D22
             predicted = self.look(s_seen, r_prime)
-        next_obs, next_avail = self.decide("obs", predicted), None
-        if self.discrete:
-            logits = self.avail_head(self.standardise("obs", next_obs))  # (B,N,A)
-            best = logits >= logits.amax(-1, keepdim=True)  # at least one action is available
-            next_avail = ((logits > 0) | best).float()
-        terminated, running = torch.zeros_like(r_prime), self.restore("reward", r_prime)
-        reward = last = running
-        if self.heads:  # Deviation D3
-            is_end, last = self.end_head(s_seen).unbind(-1)
-            terminated, last = is_end.sigmoid() * self.can_end, self.restore("reward", last)
-            reward = torch.lerp(running, last, terminated)
-        return {
+        next_obs = self.decide("obs", predicted)
+        return self.read_heads(next_obs, s_seen, r_prime) | {
             "next_obs": next_obs,
             "next_state": next_state,
             "mean_obs": self.restore("obs", self.mean("obs", predicted)),
             "mean_state": self.restore("state", mean_state),
-            "reward": reward,
-            "running_reward": running,
-            "last_reward": last,
             "direct_state": self.restore("state", s_hat),
             "direct_reward": self.restore("reward", r_hat.squeeze(-1)),
             "uncertainty": u,
-            "terminated": terminated,
+        }
+
+    def read_heads(self, next_obs, s_seen, r) -> dict[str, torch.Tensor]:
+        """Deviation D3: which actions are available in raw o' (B,N,O), whether standardised s'
+        (B,S) is the end, and the reward of either case, from r (B,), standardised.
+        """
+        next_avail = None
+        if self.discrete:
+            logits = self.avail_head(self.standardise("obs", next_obs))  # (B,N,A)
+            best = logits >= logits.amax(-1, keepdim=True)  # at least one action is available
+            next_avail = ((logits > 0) | best).float()
+        terminated, running = torch.zeros_like(r), self.restore("reward", r)
+        reward = last = running
+        if self.heads:
+            is_end, last = self.end_head(s_seen).unbind(-1)
+            terminated, last = is_end.sigmoid() * self.can_end, self.restore("reward", last)
+            reward = torch.lerp(running, last, terminated)
+        return {
             "next_avail": next_avail,
+            "terminated": terminated,
+            "reward": reward,
+            "running_reward": running,
+            "last_reward": last,
         }
 
     @torch.no_grad()

@@ -213,23 +213,31 @@ def data_and_all_values(critic: Critic, batch, actor: Actor, noise: torch.Tensor
         q = critic.utilities(batch.obs, batch.state)  # (K,B,N,A), for both values
         q_all = q.masked_fill(batch.avail == 0, -torch.inf).logsumexp(-1).sum(-1)
         return (q * batch.actions).sum((-2, -1)), q_all
-    sigma, (b, n, a) = 0.2, batch.actions.shape
-    uniform, *normals = noise  # (samples,B,N,A) each
+    draws, log_density = draws_and_density(batch, actor, noise, (-2, -1))  # (M,B,N,A), (M,B)
+    m = len(draws)
+    obs, state = batch.obs.repeat(m, 1, 1), batch.state.repeat(m, 1)
+    q = critic(obs, state, draws.flatten(0, 1)).view(-1, m, len(batch.obs))  # (K,M,B)
+    q_all = (q - log_density).logsumexp(1) - math.log(m)
+    return critic(batch.obs, batch.state, batch.actions), q_all
+
+
+def draws_and_density(batch, actor: Actor, noise: torch.Tensor, over: tuple[int, ...]):
+    """Actions (M,B,N,A) for the log-sum-exp, and the log density of their mixture, infinite where a
+    draw is outside of the box; M is three times the samples of `action_noise`.
+
+    Args:
+        over: dimensions of an action: (-2, -1) of a joint one, (-1,) of an agent's.
+    """
+    sigma = 0.2
     with torch.no_grad():
         centres = [actor(obs, None) for obs in (batch.obs, batch.next_obs)]
-    draws = [c + sigma * x for c, x in zip(centres, normals, strict=True)]
-    actions = torch.cat([uniform, *draws])  # (3 samples,B,N,A)
-    scale = sigma * math.sqrt(2 * math.pi)
-    log_densities = [-0.5 * ((actions - c) / sigma).square() - math.log(scale) for c in centres]
-    log_densities = [x.sum((-2, -1)) for x in log_densities]
-    log_densities.append(torch.full_like(log_densities[0], -n * a * math.log(2.0)))
-    log_density = torch.stack(log_densities).logsumexp(0) - math.log(3)  # of the mixture
-    outside = (actions.abs() > 1).flatten(2).any(-1)  # (3 samples,B)
-    m = len(actions)
-    obs, state = batch.obs.repeat(m, 1, 1), batch.state.repeat(m, 1)
-    q = critic(obs, state, actions.flatten(0, 1)).view(-1, m, b)  # (K,3 samples,B)
-    q_all = (q - log_density).masked_fill(outside, -torch.inf).logsumexp(1) - math.log(m)
-    return critic(batch.obs, batch.state, batch.actions), q_all
+    draws = torch.cat([noise[0], *(c + sigma * x for c, x in zip(centres, noise[1:], strict=True))])
+    scale = math.log(sigma * math.sqrt(2 * math.pi))
+    parts = [(-0.5 * ((draws - c) / sigma).square() - scale).sum(over) for c in centres]
+    sides = math.prod(draws.shape[k] for k in over)
+    parts.append(torch.full_like(parts[0], -sides * math.log(2.0)))
+    log_density = torch.stack(parts).logsumexp(0) - math.log(3)
+    return draws, log_density.masked_fill((draws.abs() > 1).any(over), torch.inf)
 
 
 def real_weights(is_real: torch.Tensor) -> torch.Tensor:

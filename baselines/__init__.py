@@ -55,14 +55,3 @@ def run(
         if "world_model" in parts and args.synthetic_fraction == 0:
             raise ValueError("--synthetic-fraction 0 leaves MACQL: run train.py for that.")
         return train.main(args, method=name, **parts)
-
-
-def states(parts: dict) -> dict:
-    """One dict of state_dicts, of a learner's networks, optimisers and schedules by name."""
-    return {name: part.state_dict() for name, part in parts.items()}
-
-
-def load_states(parts: dict, state: dict) -> None:
-    """Take over what `states` returned for the same parts."""
-    for name, part in parts.items():
-        part.load_state_dict(state[name])

@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 
 import train
-from baselines import load_states, run, states
-from macql import MACQL, Actor, Critic, descend, linear_decay, real_weights
+from baselines import run
+from macql import MACQL, Actor, Critic, descend, draws_and_density, linear_decay, real_weights
 
 
 @dataclass
@@ -82,31 +82,13 @@ def values_of_all(
             draws, log_density = actor(batch.obs, None).unsqueeze(0), torch.zeros(1, b, n)
         log_density = log_density.to(draws)
     else:
-        draws, log_density = draws_and_density(batch, actor, noise)
+        draws, log_density = draws_and_density(batch, actor, noise, (-1,))
     m, one = len(draws), torch.eye(n, device=draws.device).view(1, n, 1, n, 1)
     actions = torch.lerp(batch.actions, draws.unsqueeze(1), one)  # (M,N,B,N,A): i's replaced
     obs, state = batch.obs.repeat(m * n, 1, 1), batch.state.repeat(m * n, 1)
     q = critic(obs, state, actions.flatten(0, 2)).view(-1, m, n, b)  # (K,M,N,B)
     of_all = (q.transpose(2, 3) - log_density).logsumexp(1) - math.log(m)  # (K,B,N)
     return critic(batch.obs, batch.state, batch.actions), of_all
-
-
-def draws_and_density(batch, actor: Actor, noise: torch.Tensor):
-    """Actions (M,B,N,A) for the log-sum-exp and their log density (M,B,N), agent by agent.
-
-    As in `macql.data_and_all_values`: a third uniform, a third around pi(s), a third around pi(s'),
-    with the density of this mixture; infinite where a draw is outside of the box [-1,1].
-    """
-    sigma, a = 0.2, batch.actions.shape[-1]
-    with torch.no_grad():
-        centres = [actor(obs, None) for obs in (batch.obs, batch.next_obs)]
-    draws = torch.cat([noise[0], *(c + sigma * x for c, x in zip(centres, noise[1:], strict=True))])
-    scale = math.log(sigma * math.sqrt(2 * math.pi))
-    parts = [(-0.5 * ((draws - c) / sigma).square() - scale).sum(-1) for c in centres]
-    parts.append(torch.full_like(parts[0], -a * math.log(2.0)))
-    log_density = torch.stack(parts).logsumexp(0) - math.log(3)
-    outside = (draws.abs() > 1).any(-1)
-    return draws, log_density.masked_fill(outside, torch.inf)
 
 
 @torch.no_grad()
@@ -188,11 +170,7 @@ class CFCQL:
         return parts | {"beta": self.beta, "beta_optimizer": self.optimizer,
                         "beta_schedule": self.schedule}  # fmt: skip
 
-    def state_dict(self) -> dict:
-        return states(self.parts())
-
-    def load_state_dict(self, state: dict) -> None:
-        load_states(self.parts(), state)
+    state_dict, load_state_dict = MACQL.state_dict, MACQL.load_state_dict  # of parts()
 
 
 def make_learner(args: Args, spec, data) -> CFCQL:

@@ -40,6 +40,8 @@ class JointRows(nn.Module):
     standardise, restore = LogoWM.standardise, LogoWM.restore
     clamp_to_data, prediction = LogoWM.clamp_to_data, LogoWM.prediction
     mean, decide = LogoWM.mean, LogoWM.decide
+    register_statistics, head_losses = LogoWM.register_statistics, LogoWM.head_losses
+    read_heads = LogoWM.read_heads
 
     def __init__(self, spec, data, hidden: int, zeros=True, heads=True, clamp=True):
         super().__init__()
@@ -50,18 +52,8 @@ class JointRows(nn.Module):
         self.size = self.num_values + zeros * (s + n * o)
         self.avail_head = agent_mlp(n, o, hidden // 2, a) if spec.discrete else None
         self.end_head = mlp(s, hidden // 2, 2)  # is s' the end, and its reward if it is
-        statistics = data.statistics()
-        for name in ("obs", "state", "reward"):
-            for moment in ("mean", "std", "min", "max"):
-                value = statistics[f"{name}_{moment}"]
-                if moment == "std":
-                    value = torch.where(value == 0, 1.0, value)
-                self.register_buffer(f"{name}_{moment}", value)
-            if name != "reward":
-                share = statistics[f"{name}_zero"]
-                sometimes = (share > 1e-3) & (share < 1 - 1e-3)
-                self.register_buffer(f"{name}_sometimes_zero", sometimes)
-        self.register_buffer("can_end", statistics["terminated_max"])
+        sizes = {"obs": (n, o), "state": (s,), "reward": ()}
+        self.register_statistics(sizes, data.statistics())
 
     def inputs(self, obs, state, actions) -> torch.Tensor:
         """(B,S+NO+NA) from raw o, s and a."""
@@ -136,14 +128,7 @@ class JointRows(nn.Module):
             state, obs, _ = self.predictions(out, batch.obs, batch.state)
             s = self.standardise("state", self.decide("state", state))
             o = self.standardise("obs", self.decide("obs", obs))
-        is_end, last_r = self.end_head(s).unbind(-1)
-        error = (self.standardise("reward", batch.reward) - last_r).square()
-        loss = F.binary_cross_entropy_with_logits(is_end, batch.terminated)
-        loss = loss + 0.5 * (batch.terminated * error).mean()
-        if self.discrete:
-            logits = self.avail_head(o)
-            loss = loss + F.binary_cross_entropy_with_logits(logits, batch.next_avail)
-        return loss
+        return sum(self.head_losses(o, s, batch))
 
     def outcome(self, out, obs, state) -> dict[str, torch.Tensor]:
         """One step's end in raw units, with the names of `LogoWM.step`, but no uncertainty.
@@ -153,27 +138,12 @@ class JointRows(nn.Module):
         """
         s_next, o_next, r = self.predictions(out, obs, state)
         next_state, next_obs = self.decide("state", s_next), self.decide("obs", o_next)
-        next_avail = None
-        if self.discrete:
-            logits = self.avail_head(self.standardise("obs", next_obs))  # (B,N,A)
-            best = logits >= logits.amax(-1, keepdim=True)  # at least one action is available
-            next_avail = ((logits > 0) | best).float()
-        reward = running = last = self.restore("reward", r)
-        terminated = torch.zeros_like(r)
-        if self.heads:
-            is_end, last = self.end_head(self.standardise("state", next_state)).unbind(-1)
-            terminated, last = is_end.sigmoid() * self.can_end, self.restore("reward", last)
-            reward = torch.lerp(running, last, terminated)
-        return {
+        heads = self.read_heads(next_obs, self.standardise("state", next_state), r)
+        return heads | {
             "next_obs": next_obs,
             "next_state": next_state,
             "mean_obs": self.restore("obs", self.mean("obs", o_next)),
             "mean_state": self.restore("state", self.mean("state", s_next)),
-            "reward": reward,
-            "running_reward": running,
-            "last_reward": last,
-            "terminated": terminated,
-            "next_avail": next_avail,
         }
 
     def imagine(self, step: Callable, policy, starts, horizon, generator) -> dict:
@@ -215,11 +185,13 @@ def small_world(episodes: int = 500, steps: int = 20, seed: int = 0) -> tuple:
     return OfflineDataset(*columns, lengths), Spec("line", "none", n, n + 1, n, 1, False, steps)
 
 
-def check(make: Callable, updates: int = 600, lr: float = 3e-3) -> None:
+def check(make: Callable, updates: int = 600, lr: float = 3e-3) -> tuple:
     """Train a world model on the small world: it must beat "nothing changes" tenfold.
 
     Args:
         make: (spec, data) -> the world model.
+    Returns:
+        the world model, and the small world's data.
     """
     torch.manual_seed(0)
     data, spec = small_world()
@@ -242,3 +214,4 @@ def check(make: Callable, updates: int = 600, lr: float = 3e-3) -> None:
 
     rollout = model.imagine(policy, data.sample(100, g), 5, g)
     assert all(x.isfinite().all() for x in rollout.values()), "rollouts must be finite"
+    return model, data

@@ -178,15 +178,11 @@ def make_world_model(args: Args, spec, data) -> MOReL:
 
 def _self_check():
     """The small world of joint.py; then most of its rows must be known, and others unknown."""
-    made = {}
 
     def make(spec, data) -> MOReL:
-        made["data"] = data
-        made["model"] = MOReL(JointRows(spec, data, 64), data, hidden=64, coefficient=1.0)
-        return made["model"]
+        return MOReL(JointRows(spec, data, 64), data, hidden=64, coefficient=1.0)
 
-    check(make, updates=150)
-    data, model = made["data"], made["model"]
+    model, data = check(make, updates=150)
     batch, shares = data.gather(data.held_out), []
     for name, shift in (("held-out rows", 0.0), ("the same, ten units away", 10.0)):
         out = model.step(batch.obs + shift, batch.state + shift, batch.actions)

@@ -39,11 +39,10 @@ import torch.nn.functional as F
 
 import macql
 import train
-from baselines import load_states, run, states
-from baselines.cfcql import draws_and_density
+from baselines import run
 from experiment import setup
 from experiment.diagnostics import returns_to_go
-from macql import MACQL, Actor
+from macql import MACQL, Actor, draws_and_density
 
 # The search, as the code has it for robots; SIGMA: standard deviation in the first round
 ROUNDS, CANDIDATES, ELITES, SIGMA = 2, 20, 5, 2.0
@@ -107,7 +106,7 @@ def data_and_all_values(critic: LocalCritic, batch, actor: Actor, noise: torch.T
         q = critic.values(critic.standardise(batch.obs))  # (K,B,N,A)
         q_all = q.masked_fill(batch.avail == 0, -torch.inf).logsumexp(-1)
         return (q * batch.actions).sum(-1), q_all
-    draws, log_density = draws_and_density(batch, actor, noise)  # (M,B,N,A), (M,B,N)
+    draws, log_density = draws_and_density(batch, actor, noise, (-1,))  # (M,B,N,A), (M,B,N)
     q = critic.each(batch.obs, torch.cat([batch.actions.unsqueeze(0), draws]))  # (K,1+M,B,N)
     return q[:, 0], (q[:, 1:] - log_density).logsumexp(1) - math.log(len(draws))
 
@@ -207,11 +206,7 @@ class OMAR:
     def parts(self) -> dict:
         return self.learner.parts()
 
-    def state_dict(self) -> dict:
-        return states(self.parts())
-
-    def load_state_dict(self, state: dict) -> None:
-        load_states(self.parts(), state)
+    state_dict, load_state_dict = MACQL.state_dict, MACQL.load_state_dict  # of parts()
 
 
 def make_learner(args: Args, spec, data) -> OMAR:

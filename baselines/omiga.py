@@ -38,9 +38,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from baselines import load_states, run, states
+from baselines import run
 from buffer import Batch
-from macql import Actor, Standardise, descend, linear_decay, soft_update, stacked_mlp
+from macql import MACQL, Actor, Standardise, descend, linear_decay, soft_update, stacked_mlp
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]  # a scalar; 0-d parts without gradient
 
@@ -216,11 +216,7 @@ class OMIGA:
         names = ("actor", "ema_actor", "critic", "target", "optimizer", "schedule")
         return {name: getattr(self, name) for name in names}
 
-    def state_dict(self) -> dict:
-        return states(self.parts())
-
-    def load_state_dict(self, state: dict) -> None:
-        load_states(self.parts(), state)
+    state_dict, load_state_dict = MACQL.state_dict, MACQL.load_state_dict  # of parts()
 
 
 def make_learner(args: Args, spec, data) -> OMIGA:

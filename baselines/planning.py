@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from baselines import load_states, run, states
+from baselines import run
 from buffer import Batch
 from logo_wm import LogoWM
 from macql import MACQL, Actor, Critic, action_distance
@@ -174,10 +174,10 @@ class Planning:
         return metrics | self.learner.update(real, torch.ones_like(real.reward), generator)
 
     def state_dict(self) -> dict:
-        return states(self.learner.parts()) | {"planned": self.planned, "updates": self.updates}
+        return self.learner.state_dict() | {"planned": self.planned, "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
-        load_states(self.learner.parts(), state)
+        self.learner.load_state_dict(state)
         self.planned, self.updates = state["planned"], state["updates"]
 
 

@@ -124,15 +124,12 @@ def make_world_model(args: Args, spec, data) -> SUMO:
 
 def _self_check():
     """The small world of joint.py; then u must be larger for states that the data do not have."""
-    made = {}
 
     def make(spec, data) -> SUMO:
         ensemble = Ensemble(JointRows(spec, data, 64), hidden=64, members=3)
-        made["data"], made["model"] = data, SUMO(ensemble, data, reference_rows=2_000)
-        return made["model"]
+        return SUMO(ensemble, data, reference_rows=2_000)
 
-    check(make, updates=240)
-    data, model = made["data"], made["model"]
+    model, data = check(make, updates=240)
     batch, means = data.gather(data.held_out), []
     for name, shift in (("held-out rows", 0.0), ("the same, ten units away", 10.0)):
         out = model.step(batch.obs + shift, batch.state + shift, batch.actions)

@@ -13,7 +13,7 @@ import re
 
 from behaviour import default_episodes
 from benchmark.markdown import code, table
-from benchmark.rows import Error
+from benchmark.rows import Error, key_of
 from experiment.report import over_seeds
 
 HORIZONS = 5, 10, 15, 20
@@ -76,7 +76,7 @@ def horizons(groups: dict, errors: list[Error], names: dict[str, str], usual: in
     for (cell, rest, method), by_horizon in lines.items():
         if len(by_horizon) > 1:
             same = (method, cell.env_id, cell.quality, cell.quality)
-            wrong = [e.raw_reward_mse for e in errors if e.key[:-1] == same]
+            wrong = [e.raw_reward_mse for e in errors if key_of(e)[:-1] == same]
             error = over_seeds(wrong, 4) if wrong else "not measured"
             runs = [returns(by_horizon.get(h)) for h in HORIZONS]
             text.append([*cell, code(rest), names.get(method, method), *runs, error])

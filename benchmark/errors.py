@@ -20,7 +20,7 @@ import behaviour
 import train
 from behaviour import Quality
 from benchmark.grid import WORLD_MODELS
-from benchmark.rows import ERRORS, POINTS, Error, Point, machine, read, record, versions
+from benchmark.rows import ERRORS, POINTS, Error, Point, key_of, machine, read, record, versions
 from benchmark.states import points
 from buffer import OfflineDataset
 from datasets import load_dataset
@@ -56,9 +56,9 @@ def errors(
             the other quality go to points.csv beside it
     """
     before = read(results, Error) if results.exists() else []
-    known = {(row.key, row.command) for row in before}  # with other flags it is trained anew
+    known = {(key_of(row), row.command) for row in before}  # with other flags it is trained anew
     places = results.with_name(POINTS.name)
-    drawn = {p.key for p in (read(places, Point) if places.exists() else [])}
+    drawn = {key_of(p) for p in (read(places, Point) if places.exists() else [])}
     kinds = {"logo": train.Args}
     kinds |= {m: importlib.import_module(f"baselines.{m}").Args for m in models if m != "logo"}
     sources = [["--env-id", x, "--quality", quality] for x in dict.fromkeys(env_ids)]
@@ -80,7 +80,7 @@ def errors(
             command += ["--seeds", str(seed), *([f"--flags={flags}"] if flags else [])]
             keys = [(model, args.env_id, trained_on, test, seed) for test in tests]
             has_points = dataset is not None or keys[1] in drawn
-            if has_points and known.issuperset((key, shlex.join(command)) for key in keys):
+            if has_points and known.issuperset((k, shlex.join(command)) for k in keys):
                 continue
             args = train.parse([*given, "--seed", str(seed)], kinds[model])
             setup.check_args(args)

@@ -22,7 +22,7 @@ import train
 from behaviour import Quality
 from benchmark.launchers import End, Run, locally, on_ray, processor
 from benchmark.oracle import PARTS
-from benchmark.rows import CEILING, DEPTH, RUNS, Result, depths, read, record, result
+from benchmark.rows import CEILING, DEPTH, RUNS, Result, depths, key_of, read, record, result
 from experiment.setup import check_args
 from experiment.tracking import MAY_DIFFER, plain
 
@@ -125,7 +125,7 @@ def keep(run: Run, where: str, results: Path, known: bool = False) -> str | None
     except (ValueError, KeyError, TypeError) as e:
         return f"{file} is not of a finished run ({e!r}): delete its folder"
     recorded = read(results, Result) if known and results.exists() else []
-    if (row.key, row.commit) not in [(old.key, old.commit) for old in recorded]:
+    if (key_of(row), row.commit) not in [(key_of(old), old.commit) for old in recorded]:
         if values:
             record(results.with_name(DEPTH.name), *depths(values, row))
         record(results, row)

@@ -10,18 +10,13 @@ ratio has no meaning, and the cell counts for no method.
 from collections.abc import Callable
 
 import numpy as np
+from scipy.stats import trim_mean
 
 from benchmark.grid import BASELINES, METHODS
 from benchmark.markdown import table
 from benchmark.rows import Result
 
 DRAWS = 10_000
-
-
-def iqm(x: np.ndarray) -> np.ndarray:
-    """Interquartile mean (...,) of x (..., n): without the lowest and the highest n // 4."""
-    cut = x.shape[-1] // 4
-    return np.sort(x, -1)[..., cut : x.shape[-1] - cut].mean(-1)
 
 
 def interval(cells: list[list[float]]) -> tuple[float, float] | None:
@@ -37,7 +32,7 @@ def interval(cells: list[list[float]]) -> tuple[float, float] | None:
         return None
     rng = np.random.default_rng(0)
     draws = [rng.choice(x, (DRAWS, len(x))) for x in cells]
-    low, high = np.quantile(iqm(np.concatenate(draws, 1)), (0.025, 0.975))
+    low, high = np.quantile(trim_mean(np.concatenate(draws, 1), 0.25, -1), (0.025, 0.975))
     return float(low), float(high)
 
 
@@ -66,7 +61,7 @@ def iqm_table(groups: dict, names: dict[str, str]) -> str:
 
     def line(kind: list[list[float]], form: Callable[[float], str]) -> list[str]:
         bounds = interval(kind)
-        mean = form(iqm(np.concatenate(kind)))
+        mean = form(trim_mean(np.concatenate(kind), 0.25))
         return [mean, " to ".join(map(form, bounds)) if bounds else ""]
 
     logo, lines = by_method.get("logo", {}), []

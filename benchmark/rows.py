@@ -1,8 +1,6 @@
 """Measurements and the CSV files that keep them: a dataclass is a line, its fields the columns.
 
-results/runs.csv and results/ceiling.csv (runs of oracle.py and what they are compared with) have
-one line per finished run (`Result`), results/speed.csv one per timing (`timing.Row`). An empty cell
-is a value that does not exist, e.g. a win rate of a robot.
+An empty cell is a value that does not exist, e.g. a win rate of a robot.
 """
 
 import csv
@@ -10,7 +8,6 @@ import dataclasses
 import io
 import math
 import platform
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar, get_args
@@ -28,7 +25,6 @@ ERRORS = ROOT / "results" / "errors.csv"
 POINTS = ROOT / "results" / "points.csv"
 VISITS = ROOT / "results" / "visits.csv"
 SPEED = ROOT / "results" / "speed.csv"
-LOCK = threading.Lock()  # of `record`: the runs of a grid finish in several threads
 
 T = TypeVar("T")
 
@@ -63,11 +59,6 @@ class Result:
     versions: str
     command: str
 
-    @property
-    def key(self) -> tuple:
-        """Rows with the same key are of one experiment: `record` replaces all of them together."""
-        return self.method, self.variant, self.env_id, self.backend, self.quality, self.seed
-
 
 @dataclasses.dataclass
 class Depth:
@@ -85,11 +76,6 @@ class Depth:
     value_imagined: float | None  # the same at LOGO's states
     spread_imagined: float | None
     commit: str
-
-    @property
-    def key(self) -> tuple:
-        """As `Result.key`."""
-        return self.method, self.variant, self.env_id, self.quality, self.seed
 
 
 @dataclasses.dataclass
@@ -117,11 +103,6 @@ class Error:
     versions: str
     command: str
 
-    @property
-    def key(self) -> tuple:
-        """As `Result.key`."""
-        return self.method, self.env_id, self.trained_on, self.tested_on, self.seed
-
 
 @dataclasses.dataclass
 class Point:
@@ -141,11 +122,6 @@ class Point:
     predicted_1: float
     predicted_2: float
     commit: str
-
-    @property
-    def key(self) -> tuple:
-        """As `Result.key`."""
-        return self.method, self.env_id, self.trained_on, self.tested_on, self.seed
 
 
 @dataclasses.dataclass
@@ -169,10 +145,13 @@ class Bin:
     reward_mean: float  # of these steps
     commit: str
 
-    @property
-    def key(self) -> tuple:
-        """As `Result.key`."""
-        return self.method, self.env_id, self.quality, self.seed
+
+def key_of(row: Result | Depth | Error | Point | Bin) -> tuple:
+    """The columns up to the seed: rows with the same are of one experiment, which `record` replaces
+    together.
+    """
+    names = [field.name for field in dataclasses.fields(row)]
+    return tuple(getattr(row, name) for name in names[: names.index("seed") + 1])
 
 
 def depths(values: dict[str, list], row: Result) -> list[Depth]:
@@ -221,23 +200,20 @@ def result(final: dict, method: str, variant: str, quality: str, machine: str, c
 def record(path: Path, *new: Result | Depth | Error | Point | Bin) -> None:
     """Write rows of one kind into the file, in place of all that have the same key as one of them.
 
-    Safe to call from several threads of one process.
-
     Raises:
         ValueError: the file has other columns.
         OSError: the file cannot be written; it is then as it was.
     """
-    with LOCK:
-        kind = type(new[0])
-        old, made = by_key(read(path, kind) if path.exists() else []), by_key(new)
-        write(path, [row for rows in (old | made).values() for row in rows], kind)
+    kind = type(new[0])
+    old, made = by_key(read(path, kind) if path.exists() else []), by_key(new)
+    write(path, [row for rows in (old | made).values() for row in rows], kind)
 
 
 def by_key(rows: Iterable[T]) -> dict[tuple, list[T]]:
     """The rows of each experiment."""
     found: dict[tuple, list[T]] = {}
     for row in rows:
-        found.setdefault(row.key, []).append(row)
+        found.setdefault(key_of(row), []).append(row)
     return found
 
 

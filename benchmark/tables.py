@@ -28,6 +28,7 @@ from benchmark.rows import (
     Bin,
     Error,
     Result,
+    key_of,
     read,
 )  # fmt: skip
 from benchmark.speed_tables import speed_tables
@@ -384,7 +385,7 @@ def errors_table(rows: list[Error]) -> str:
             line = [env_id, trained_on, NAMES[model]]
             for test in [trained_on, *sorted({*tested} - {trained_on})]:
                 key = (model, env_id, trained_on, test)
-                some = [row for row in rows if row.key[:-1] == key]
+                some = [row for row in rows if key_of(row)[:-1] == key]
                 if not some:
                     continue
                 line += [test, len(some)]

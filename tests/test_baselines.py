@@ -11,6 +11,7 @@ from conftest import TINY
 from test_sync import make_data
 
 import baselines
+import macql
 import train
 from baselines import cfcql, ensemble, joint
 from benchmark import errors, grid
@@ -127,7 +128,7 @@ def test_continuous_counterfactuals_replace_one_agent_at_a_time(conservative):
     draws, density = learner.actor(batch.obs, None).detach()[None], torch.zeros(1, 4, 2)
     if conservative == "logsumexp":
         noise = torch.rand(3, 2, *batch.actions.shape) * 2 - 1
-        draws, density = cfcql.draws_and_density(batch, learner.actor, noise)
+        draws, density = macql.draws_and_density(batch, learner.actor, noise, (-1,))
     _, of_all = cfcql.values_of_all(learner.critic, batch, learner.actor, noise, conservative)
     for b in range(4):
         for i in range(spec.num_agents):

@@ -13,7 +13,7 @@ import pytest
 from test_benchmark_grid import final_of
 
 from benchmark import grid, launchers
-from benchmark.rows import ROOT, Result, read
+from benchmark.rows import ROOT, Result, key_of, read
 from datasets.errors import Interrupted, handling, interrupt, one_sentence
 
 WHAT = {"env_ids": ("3s_vs_5z",), "qualities": ("medium",), "flags": "--threads 1 --device cpu"}
@@ -83,7 +83,7 @@ def run(tmp_path, monkeypatch):
                 grid.grid(**WHAT, methods=methods, seeds=seeds, **where)
             except ValueError as e:
                 assert str(e).startswith(f"{len(failures)} runs failed")
-        rows = {row.key: row for row in read(results, Result)}
+        rows = {key_of(row): row for row in read(results, Result)}
         return rows, sorted(failures), notes(project)
 
     return run
