@@ -133,6 +133,7 @@ class Planning:
         self.interval, self.weight, self.updates = interval, weight, 0
         self.actor, self.ema_actor, self.critic = learner.actor, learner.ema_actor, learner.critic
         self.critic_loss, self.policy_loss = learner.critic_loss, learner.policy_loss
+        self.parts = learner.parts
         some = draw(torch.Generator(learner.critic.agent_id.device))  # for the shapes
         self.planned = {
             "obs": some.obs,

@@ -55,6 +55,8 @@ def errors(
         results: file that receives a row per model and kind of data; some predictions of data of
             the other quality go to points.csv beside it
     """
+    if dataset is None and other == quality:
+        raise ValueError(f"--other is {other}, as --quality: give another one.")
     before = read(results, Error) if results.exists() else []
     known = {(key_of(row), row.command) for row in before}  # with other flags it is trained anew
     places = results.with_name(POINTS.name)
@@ -109,7 +111,7 @@ def trained(model: str, args: train.Args, data: OfflineDataset) -> torch.nn.Modu
     optimizer = torch.optim.AdamW(
         world_model.parameters(), args.wm_lr, weight_decay=args.wm_weight_decay, fused=True
     )
-    schedule = linear_decay(optimizer, args.wm_updates)
+    schedule = linear_decay(optimizer, train.decay_updates(args, args.wm_updates))
     for _ in tqdm(range(args.wm_updates), desc=f"{model} on {args.env_id}, seed {args.seed}"):
         descend(optimizer, world_model.loss(data.sample(args.wm_batch_size, rng))[0])
         schedule.step()

@@ -87,7 +87,7 @@ def plan(
             raise ValueError(f"--env-ids: {env_id!r} is none of {', '.join(envs.known_ids())}.")
         check_args(dataclasses.replace(args, out=out))
         source = args.dataset.stem if args.dataset else quality
-        own = "".join(f"-{x.strip('-')}" for x in shlex.split(also))  # e.g. -horizon-5
+        own = "".join(f"-{Path(x).name.strip('-')}" for x in shlex.split(also))  # e.g. -horizon-5
         folder = out / f"{env_id}-{source}-{method}{own}-seed{seed}"
         usual = train.parse([*given, *(["--paper"] if args.paper else [])], kind)
         differs = variant(args, usual)

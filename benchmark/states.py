@@ -91,6 +91,8 @@ def coverage(runs: tuple[Path, ...], episodes: int = 64, results: Path = VISITS)
     """
     if episodes < 1:
         raise ValueError(f"--episodes is {episodes}: give 1 or more.")
+    if not runs:
+        raise ValueError("--runs: give folders of finished runs.")
     known = [(run, read_policy(run), read_checkpoint(run / "checkpoint.pt")) for run in runs]
     first = known[0][2]
     for run, _, stored in known:
@@ -111,6 +113,8 @@ def coverage(runs: tuple[Path, ...], episodes: int = 64, results: Path = VISITS)
             actor = make_actor(run, policy, env.spec)
             states, rewards = play(env, actor, episodes)
             method, seed = read_final(run)[1]["method"], stored["args"]["seed"]
+            if (method, seed) in seen:
+                raise ValueError(f"{run}: there are two runs of {method}, seed {seed}: give one.")
             plane = (standardise("state", torch.tensor(states)).numpy() - mean) @ components.T
             seen[method, seed] = plane, rewards
     finally:

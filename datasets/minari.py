@@ -88,7 +88,8 @@ def minari_agents(path: Path, name: str, first) -> tuple[Callable, dict, dict]:
     if sorted(first["observations"]) != sorted([*agents, "state"]):
         found = f"{list(first['observations'])}, actions of {list(first['actions'])}"
         raise ValueError(f"{path}: {name} has observations {found}, not of agents and a state.")
-    for k in (*(f"actions/{a}" for a in agents), *(f"observations/{a}" for a in agents)):
+    observations = (f"observations/{a}" for a in (*agents, "state"))
+    for k in (*(f"actions/{a}" for a in agents), *observations):
         numbers(path, f"{name}/{k}", first[k])
         if len(first[k].shape) != 2 or (k.startswith("actions") and first[k].dtype.kind != "f"):
             raise ValueError(f"{path}: {name}/{k} is {first[k]}: rows of real numbers are read.")

@@ -116,6 +116,9 @@ def read_vault(path: Path, env_id: str | None) -> tuple[dict, np.ndarray, dict]:
             raise ValueError(
                 f"{path}: key {k}, {store.shape}, cannot hold {streams} x {time} rows."
             )
+    if len(stores["infos.state"].shape) != 3:
+        shape = stores["infos.state"].shape
+        raise ValueError(f"{path}: key infos.state, {shape}: rows of numbers are read.")
 
     def rows(key, a, b):
         parts = [(s, max(a - s * time, 0), min(b - s * time, time)) for s in range(streams)]

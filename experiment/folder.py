@@ -121,10 +121,10 @@ def same_kind(x, other) -> bool:
     return type(x) is type(other)
 
 
-def adams(part) -> list[torch.optim.Adam | torch.optim.AdamW]:
-    """Those among a checkpoint's parts: the part itself, or attributes of it."""
-    inside = vars(part).values() if hasattr(part, "__dict__") else ()
-    return [x for x in (part, *inside) if isinstance(x, torch.optim.Adam | torch.optim.AdamW)]
+def adams(part) -> list[torch.optim.Adam]:
+    """The Adams and AdamWs of a checkpoint's part: itself, or among its `parts` or attributes."""
+    inside = part.parts() if hasattr(part, "parts") else getattr(part, "__dict__", {})
+    return [x for x in (part, *inside.values()) if isinstance(x, torch.optim.Adam)]
 
 
 def read_metrics(path: Path, done: dict[str, int]) -> str:

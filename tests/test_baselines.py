@@ -319,3 +319,5 @@ def test_errors_are_recorded_once(dataset, tmp_path):
     assert file.read_bytes() == before
     errors.errors(**given, flags=flags.replace("updates 3", "updates 2"), results=file)
     assert {r.wm_updates for r in read(file, Error)} == {2}
+    with pytest.raises(ValueError, match="--other is expert, as --quality"):
+        errors.errors(quality="expert", other="expert", results=file)

@@ -179,6 +179,8 @@ def test_variants_are_an_axis_with_folders_of_its_own(tmp_path):
     assert runs[0].folder.name == "2s3z-medium-logo-seed1"  # as without the axis
     assert runs[1].folder.name == "2s3z-medium-logo-horizon-5-seed1"
     assert all(run.flags[-2:] != ["--threads", "1"] for run in runs if run.variant)
+    (run,) = grid.plan(*given[:2], ["logo"], *given[3:], "--dataset far/away.h5")
+    assert run.folder.parent == tmp_path
     with pytest.raises(ValueError, match="--variants: --seed is the grid's own"):
         grid.plan(*given, "--seed 2")
     with pytest.raises(ValueError, match="--env-ids: 'nothere' is none of 3s_vs_5z"):

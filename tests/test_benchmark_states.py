@@ -90,6 +90,11 @@ def test_coverage_of_two_runs(dataset, tmp_path, undrawn, capsys):
     assert figures.draw_visited(rows) == figures.draw_visited(read(file, Bin))
     with pytest.raises(SystemExit, match="give 1 or more"):
         cli(["coverage", "--runs", str(tmp_path / "logo"), "--episodes", "0"])
+    with pytest.raises(SystemExit, match="give folders of finished runs"):
+        cli(["coverage", "--runs"])
+    with pytest.raises(SystemExit, match="two runs of logo, seed 1: give one"):
+        cli(["coverage", "--runs", *[str(tmp_path / "logo")] * 2, "--episodes", "8",
+             "--results", str(file)])  # fmt: skip
     with pytest.raises(SystemExit, match="is not a run"):
         cli(["coverage", "--runs", str(tmp_path)])
 

@@ -317,6 +317,10 @@ def test_bad_vaults_are_refused(tmp_path):
     del arrays["infos.state"]
     with pytest.raises(ValueError, match="no key infos.state"):
         load(write_vault(tmp_path / "c.vlt" / "x", arrays))
+    arrays = smac_steps()
+    arrays["infos.state"] = arrays["infos.state"][..., 0]
+    with pytest.raises(ValueError, match="key infos.state, .*: rows of numbers are read"):
+        load(write_vault(tmp_path / "e.vlt" / "x", arrays))
     with pytest.raises(ValueError, match="c.vlt: a Vault of x: give the folder of one"):
         load(tmp_path / "c.vlt")
     whole = write_vault(tmp_path / "d.vlt" / "x", smac_steps())
@@ -484,6 +488,11 @@ def test_bad_minari_datasets_are_refused(tmp_path):
         bad[1][key] = change(bad[1][key])
         with pytest.raises(ValueError, match=message):
             load(write_minari(tmp_path / name, bad, "Hopper-v5"))
+    agents = [agents_episode(length, length) for length in LENGTHS]
+    for e in agents:
+        e["observations"]["state"] = e["observations"]["state"][:, 0]
+    with pytest.raises(ValueError, match="observations/state is .*: rows of real numbers are read"):
+        load(write_minari(tmp_path / "flat", agents, None))
 
 
 # ------------------------------------------------------------------------------ one layout for all

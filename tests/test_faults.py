@@ -4,6 +4,7 @@ The first test runs a sample of faults.py; `python tests/faults.py` runs all of 
 """
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from test_datasets_formats import smac_steps, write_h5, write_vault
+from test_sync import make_data
 
 import datasets
 import envs
@@ -466,6 +468,25 @@ def test_a_learner_may_have_any_optimiser(kind):
         del state["state"][0]["exp_avg"]
         with pytest.raises(ValueError, match="x does not fit this run"):
             take(Path("x"), {"optimizer": state}, {"optimizer": made()[1]})
+
+
+@pytest.mark.parametrize("name", ["train", "cfcql", "omar", "omiga", "planning"])
+def test_what_a_learners_adam_remembers_must_fit(name):
+    """Otherwise fused Adam writes beyond it, and the process dies without a word."""
+    data, spec = make_data(False)
+    module = train if name == "train" else importlib.import_module(f"baselines.{name}")
+    args = (train.Args if name == "train" else module.Args)(hidden=8, updates=8)
+    args.conservative, args.critic_first = "expectation", 0.0
+    build = module.builders()["learner"] if name == "planning" else module.make_learner
+    learner, g = build(args, spec, data), torch.Generator().manual_seed(0)
+    inner = learner.learner if name == "planning" else learner  # a search would need a model
+    inner.update(data.sample(4, g), torch.ones(4), g)
+    state = learner.state_dict()
+    take(Path("x"), {"learner": state}, {"learner": build(args, spec, data)})
+    optimizer = next(k for k, x in state.items() if set(x) == {"state", "param_groups"})
+    state[optimizer]["state"][0]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="x does not fit this run"):
+        take(Path("x"), {"learner": state}, {"learner": build(args, spec, data)})
 
 
 def test_pipes_are_no_checkpoints(tmp_path):
