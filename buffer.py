@@ -113,9 +113,6 @@ class OfflineDataset:
         self.obs, self.state, self.actions, self.avail = obs, state, actions, avail
         self.reward, self.terminated, self.lengths = reward, terminated, lengths
         starts = torch.cumsum(lengths + 1, 0) - lengths - 1  # (episodes,) first row of each
-        self.episode_returns = torch.stack(
-            [reward[s : s + n].sum() for s, n in zip(starts, lengths, strict=True)]
-        )
         ends = torch.repeat_interleave(starts + lengths, lengths + 1)  # (R,) last row of each
         self.left = (ends - torch.arange(rows)).to(obs.device)  # (R,) transitions to come
         self.longest = int(lengths.max())

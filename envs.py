@@ -335,10 +335,8 @@ class SmaxEnv:
 
     def render(self) -> np.ndarray:
         """Picture of slot 0: (height,width,3) uint8."""
-        step, side = (
-            int(self._carry[1].state.step[0]),
-            max(self._env.map_width, self._env.map_height),
-        )
+        step = int(self._carry[1].state.step[0])
+        side = max(self._env.map_width, self._env.map_height)
         return self._battle().draw(self.units(), (0, 0, side), step, bool(self._done[0]))
 
     def film(self, *sequences: np.ndarray) -> list[list[np.ndarray]]:

@@ -224,13 +224,12 @@ class LogoWM(nn.Module):
 
     def deduce(self, o_hat, s, a) -> tuple[Prediction, torch.Tensor]:
         """R_d: s' (B,S) and r' (B,) from the observations of all agents; all standardised."""
-        known = [o_hat.flatten(1)]
+        known, now = [o_hat.flatten(1)], 0.0
         if "state" in self.deduce_from:  # Deviation D1
-            known.append(s)
+            known, now = [*known, s], s
         if "actions" in self.deduce_from:  # Deviation D1
             known.append(a.flatten(1))
         out = self.dec_d(torch.cat(known, -1))
-        now = s if "state" in self.deduce_from else 0.0
         return self.prediction("state", out[:, :-1], now), out[:, -1]
 
     def look(self, s: torch.Tensor, r: torch.Tensor) -> Prediction:
@@ -325,7 +324,7 @@ class LogoWM(nn.Module):
         Returns:
             next_obs (B,N,O), next_state (B,S): see `decide`; mean_obs, mean_state: their expected
             values; reward (B,) expected, and what it is if the episode goes on or ends there:
-            running_reward, last_reward (B,); direct_state (B,S), direct_reward (B,): of E_ps;
+            continuing_reward, last_reward (B,); direct_state (B,S), direct_reward (B,): of E_ps;
             uncertainty (B,), standardised; terminated (B,), a probability; next_avail (B,N,A) 0/1
             or None.
         """
@@ -369,7 +368,7 @@ class LogoWM(nn.Module):
             "next_avail": next_avail,
             "terminated": terminated,
             "reward": reward,
-            "running_reward": running,
+            "continuing_reward": running,
             "last_reward": last,
         }
 
@@ -408,7 +407,7 @@ class LogoWM(nn.Module):
             if self.heads:  # Deviation D3: ends are random events in the data, so they are sampled
                 chance = torch.rand(valid.shape, generator=generator, device=valid.device)
                 done, avail = (chance < out["terminated"]).float(), out["next_avail"]
-                reward = torch.where(done > 0, out["last_reward"], out["running_reward"])
+                reward = torch.where(done > 0, out["last_reward"], out["continuing_reward"])
             if self.clamp:
                 reward = self.clamp_to_data("reward", reward)
             now = (actions, reward, done, out["uncertainty"], valid)

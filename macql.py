@@ -385,7 +385,7 @@ class MACQL:
         gamma, cql_alpha, conservative, backup, bounds: see `critic_loss`.
         imagined_in: see `critic_loss` and `policy_loss`.
         bc_lambda, normalise_q: see `policy_loss`.
-        critic_first: updates in which the critic alone learns and the policies stay as they are.
+        policy_waits: updates in which the critic alone learns and the policies stay as they are.
     """
 
     compilable = ("critic_loss", "policy_loss")  # functions of tensors alone, for torch.compile
@@ -394,12 +394,12 @@ class MACQL:
         self, actor: Actor, critic: Critic | None, lr=1e-3, decay_updates=0, tau=0.05,
         ema_decay=0.995, gamma=0.99, cql_alpha=0.1, conservative="logsumexp", backup="policy",
         imagined_in="bellman", bounds=(-math.inf, math.inf), bc_lambda=0.1, normalise_q=False,
-        critic_first=0,
+        policy_waits=0,
     ):  # fmt: skip
         self.actor, self.ema_actor = actor, copy.deepcopy(actor)
         self.critic, self.critic_target = critic, copy.deepcopy(critic)
         self.tau, self.ema_decay, self.conservative = tau, ema_decay, conservative
-        self.critic_first = critic_first if critic is not None else 0
+        self.policy_waits = policy_waits if critic is not None else 0
         self.critic_loss = partial(
             critic_loss, gamma=gamma, alpha=cql_alpha, conservative=conservative, backup=backup,
             imagined_in=imagined_in, bounds=bounds,
@@ -408,7 +408,7 @@ class MACQL:
             policy_loss, bc_lambda=bc_lambda, normalise_q=normalise_q, imagined_in=imagined_in
         )
         self.optimizers, self.schedules = {}, {}
-        waiting = {"actor": self.critic_first, "critic": 0}
+        waiting = {"actor": self.policy_waits, "critic": 0}
         for name, network in (("actor", actor), ("critic", critic)):
             if network is not None:
                 optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=True)
@@ -418,7 +418,7 @@ class MACQL:
                 )
 
     def update(self, batch, is_real, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """One gradient step on the critic, then, after `critic_first` updates, one on the policies.
+        """One gradient step on the critic, then, after `policy_waits` updates, one on the policies.
 
         Args:
             batch: a `buffer.Batch` of real and imagined rows. is_real (B,): 1 where a row is of D.
@@ -440,7 +440,7 @@ class MACQL:
             soft_update(self.critic_target, critic, self.tau)  # Deviation D19
             metrics |= {f"q_{name}": value for name, value in parts.items()}
             updates = self.schedules["critic"].last_epoch  # counted there, so checkpoints have it
-            if updates <= self.critic_first:  # Deviation D26
+            if updates <= self.policy_waits:  # Deviation D26
                 return metrics
         loss, parts = self.policy_loss(actor, critic, batch, is_real)
         descend(self.optimizers["actor"], loss)

@@ -36,7 +36,6 @@ from datasets import load_dataset, one_sentence, task_of
 from envs import evaluate
 from experiment import report, setup
 from experiment.diagnostics import returns_to_go
-from experiment.folder import OWNED
 from experiment.stopping import saying_how_to_go_on
 from experiment.tracking import Run
 from logo_wm import LogoWM
@@ -216,7 +215,6 @@ def exploration(args: Args, spec: envs.Spec) -> float:
 
 def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
     """The policies pi_i and the critic Q, with their optimisers."""
-    args = setup.settle(args, data)
     x, sizes = data.statistics(), (spec.action_dim, args.hidden, spec.discrete)
     obs, state = (x["obs_mean"], x["obs_std"]), (x["state_mean"], x["state_std"])
     actor = Actor(*obs, *sizes, args.shared_actor).to(data.obs.device)  # Deviation D14
@@ -233,8 +231,19 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         args.gamma, args.cql_alpha, args.conservative, args.backup,
         "printed" if args.imagined_rows == "printed" else "bellman", bounds,  # Deviation D8
         args.bc_lambda, normalise_q=not (spec.discrete or args.paper),  # Deviation D21
-        critic_first=setup.waiting(args),  # Deviation D26
+        policy_waits=setup.waiting(args),  # Deviation D26
     )  # fmt: skip
+
+
+def compile_parts(device: torch.device, *parts) -> None:
+    """The same code, on a GPU with fewer kernel launches; but a step has no CUDA graph, as its
+    output is its next input.
+    """
+    for part in parts:
+        for name in part.compilable:
+            graph = device.type == "cuda" and name != "step"
+            mode = "reduce-overhead" if graph else "default"
+            setattr(part, name, torch.compile(getattr(part, name), mode=mode))
 
 
 def main(
@@ -270,7 +279,7 @@ def main(
     method = method or (setup.method(args) if ours else "own")
     device = setup.choose_device(args)
     path = setup.find_dataset(args)  # recorded now if there is none
-    data, metadata = load_dataset(path, 0.05, 0, device, args.env_id)  # D, 5 % of it held out
+    data, metadata = load_dataset(path, device, args.env_id)  # D, 5 % of it held out
     asked, args = args, setup.settle(args, data)  # numbers for what depends on the data
     setup.announce(args, device, metadata, method, continuous=data.avail is None)
     env, spec = setup.choose_simulator(args, data, metadata, simulator)  # env None: offline
@@ -303,12 +312,8 @@ def main(
         )  # fmt: skip
         state |= {"world_model": world_model, "wm_optimizer": wm_optimizer}
         state |= {"wm_schedule": wm_schedule, "model_data": model_data}
-    if args.compile:  # the same code; on a GPU with fewer kernel launches
-        for part in (learner, world_model) if n_synthetic else (learner,):
-            for name in part.compilable:  # no CUDA graph of a step, whose output is its next input
-                graph = device.type == "cuda" and name != "step"
-                mode = "reduce-overhead" if graph else "default"
-                setattr(part, name, torch.compile(getattr(part, name), mode=mode))
+    if args.compile:
+        compile_parts(device, *((learner, world_model) if n_synthetic else (learner,)))
 
     run = Run(args, asked, spec, metadata, device, method, started)
     run.start(**state)  # afresh, or with --resume from the checkpoint
@@ -397,7 +402,7 @@ def cli(argv: list[str] | None = None, **parts) -> dict:
         argv: the flags; None: those of the process. parts: `learner`, ... for `main`.
     """
     program = sys.argv[0] if parts else "train.py"  # what Python runs
-    with one_sentence("train.py"), saying_how_to_go_on(argv, OWNED, program):
+    with one_sentence("train.py"), saying_how_to_go_on(argv, program):
         return main(parse(argv), **parts)
 
 

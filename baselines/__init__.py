@@ -19,7 +19,6 @@ from collections.abc import Callable
 import envs
 import train
 from datasets import one_sentence
-from experiment.folder import OWNED
 from experiment.stopping import saying_how_to_go_on
 
 
@@ -44,7 +43,7 @@ def run(
     if "--self-check" in given:
         self_check()
         return None
-    with one_sentence(f"python {program}"), saying_how_to_go_on(argv, OWNED, program):
+    with one_sentence(f"python {program}"), saying_how_to_go_on(argv, program):
         args = train.parse(argv, kind, prog=f"python {program}", description=kind.__doc__)
         usual = train.defaults(args.env_id, kind=kind)
         others = getattr(kind, "MAPS_ONLY" if envs.is_robot(args.env_id) else "ROBOTS_ONLY", ())

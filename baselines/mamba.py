@@ -92,6 +92,26 @@ def kl_loss(prior: torch.Tensor, posterior: torch.Tensor, balance: float = 0.2) 
     return balance * kept + (1 - balance) * moved  # KL balance of DreamerV2
 
 
+class Attention(nn.Sequential):
+    """Transformer layers between the agents, told apart by sinusoids: (B,N,H) -> (B,N,H).
+
+    Raises:
+        ValueError: `hidden` is no multiple of the eight heads.
+    """
+
+    def __init__(self, agents: int, hidden: int, layers: int):
+        if hidden % 8:
+            raise ValueError(f"--wm-hidden is {hidden}: give a multiple of 8.")
+        make = partial(nn.TransformerEncoderLayer, hidden, 8, hidden, 0.0, batch_first=True)
+        super().__init__(*(make() for _ in range(layers)))
+        angle = torch.arange(agents)[:, None] / 10_000 ** (torch.arange(0, hidden, 2) / hidden)
+        sinusoids = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # (N,H)
+        self.register_buffer("positions", sinusoids, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + self.positions)
+
+
 class MAMBA(nn.Module):
     """The world model; see the module's docstring.
 
@@ -99,7 +119,7 @@ class MAMBA(nn.Module):
         rows: `JointRows` of the task. data: `OfflineDataset`, to draw windows from.
         hidden, latents, classes, attention, window: see `Args`. seed: of the draws in training.
     Raises:
-        ValueError: `hidden` is no multiple of the eight heads of the attention.
+        ValueError: see `Attention`.
     """
 
     compilable = ()
@@ -108,19 +128,13 @@ class MAMBA(nn.Module):
         self, rows, data, hidden=128, latents=16, classes=16, attention=1, window=5, seed=0
     ):
         super().__init__()
-        if hidden % 8:
-            raise ValueError(f"--wm-hidden is {hidden}: give a multiple of 8.")
         (n, o, s, a), h, z, k = rows.sizes, hidden, latents * classes, 1 + rows.zeros
         self.rows, self.data, self.sizes = rows, data, (hidden, latents, classes)
         self.starts, self.window = window_starts(data, window), window
         self.seed, self.updates = seed, 0
         self.embed = mlp(o, h, h)
         self.enter = mlp(z + a, h)
-        angle = torch.arange(n).unsqueeze(1) / 10_000 ** (torch.arange(0, h, 2) / h)  # (N,H/2)
-        sinusoids = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # tell agents apart
-        self.register_buffer("positions", sinusoids, persistent=False)
-        make = partial(nn.TransformerEncoderLayer, h, 8, h, 0.0, batch_first=True)
-        self.attention = nn.Sequential(*(make() for _ in range(attention)))
+        self.attention = Attention(n, h, attention)
         self.cell = nn.GRUCell(h, h)
         self.prior, self.posterior = mlp(h, h, z), mlp(2 * h, h, z)
         self.dec_obs = mlp(h + z, h, h, k * o)
@@ -146,13 +160,13 @@ class MAMBA(nn.Module):
 
     def advance(self, h, z, actions) -> torch.Tensor:
         """The next h (B,N,H) from h, z (B,N,Z) and actions (B,N,A)."""
-        x = self.enter(torch.cat([z, actions], -1)).relu() + self.positions
+        x = self.enter(torch.cat([z, actions], -1)).relu()
         return self.cell(self.attention(x).flatten(0, 1), h.flatten(0, 1)).view_as(h)
 
     def begin(self, batch: int) -> torch.Tensor:
         """h_0 (B,N,H), of zeros."""
         (n, _, _, a), (h, m, c) = self.rows.sizes, self.sizes
-        zeros = self.positions.new_zeros(batch, n, h + m * c + a)
+        zeros = self.attention.positions.new_zeros(batch, n, h + m * c + a)
         return self.advance(*zeros.split([h, m * c, a], -1))
 
     def observe(self, h, obs, generator=None) -> tuple[torch.Tensor, torch.Tensor]:

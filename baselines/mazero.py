@@ -43,7 +43,6 @@ Sizes: W windows, K steps, B batch, N agents, O observation, S state, A action, 
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -54,7 +53,7 @@ import train
 from baselines import run
 from baselines.direct import joined
 from baselines.joint import JointRows, check
-from baselines.mamba import MAMBA, window_starts
+from baselines.mamba import MAMBA, Attention, window_starts
 from logo_wm import LogoWM, mlp
 
 
@@ -98,7 +97,7 @@ class MAZero(nn.Module):
         rows: `JointRows` of the task. data: `OfflineDataset`, to draw windows from.
         hidden, attention, window, consistency: see `Args`. seed: of the draws in training.
     Raises:
-        ValueError: `hidden` is no multiple of the eight heads of the attention.
+        ValueError: see `Attention`.
     """
 
     compilable = ()
@@ -107,19 +106,13 @@ class MAZero(nn.Module):
 
     def __init__(self, rows, data, hidden=128, attention=3, window=5, consistency=2.0, seed=0):
         super().__init__()
-        if hidden % 8:
-            raise ValueError(f"--wm-hidden is {hidden}: give a multiple of 8.")
         (n, o, s, a), h, k = rows.sizes, hidden, 1 + rows.zeros
         self.rows, self.data, self.weight = rows, data, consistency
         self.starts, self.window = window_starts(data, window), window
         self.seed, self.updates = seed, 0
         self.encoder = nn.Sequential(nn.LayerNorm(o), *normed(o, h, h, h))
         self.enter = mlp(h + a, h)
-        angle = torch.arange(n).unsqueeze(1) / 10_000 ** (torch.arange(0, h, 2) / h)  # (N,H/2)
-        sinusoids = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # tell agents apart
-        self.register_buffer("positions", sinusoids, persistent=False)
-        make = partial(nn.TransformerEncoderLayer, h, 8, h, 0.0, batch_first=True)
-        self.attention = nn.Sequential(*(make() for _ in range(attention)))
+        self.attention = Attention(n, h, attention)
         self.dynamics = normed(h + a + h, h, h, h)
         self.reward = nn.Sequential(*normed(n * (h + a), h // 4), nn.Linear(h // 4, 1))
         for parameter in self.reward[-1].parameters():
@@ -135,7 +128,7 @@ class MAZero(nn.Module):
 
     def advance(self, h, actions) -> torch.Tensor:
         """The next h (B,N,H) from h and actions (B,N,A)."""
-        x = self.enter(torch.cat([h, actions], -1)).relu() + self.positions
+        x = self.enter(torch.cat([h, actions], -1)).relu()
         return h + self.dynamics(torch.cat([h, actions, self.attention(x)], -1))
 
     def reward_of(self, h, actions) -> torch.Tensor:

@@ -195,7 +195,7 @@ class OMAR:
         x.schedules["critic"].step()
         macql.soft_update(x.critic_target, critic, x.tau)
         metrics = {f"q_{k}": v for k, v in of_q.items()}
-        if x.schedules["critic"].last_epoch <= x.critic_first:
+        if x.schedules["critic"].last_epoch <= x.policy_waits:
             return metrics
         loss, of_pi = self.actor_loss(actor, critic, batch, is_real, noise=candidates)
         macql.descend(x.optimizers["actor"], loss)
@@ -221,7 +221,7 @@ def make_learner(args: Args, spec, data) -> OMAR:
         returns = returns_to_go(data, gamma=1.0)
         bounds = (returns.min().item(), returns.max().item())
     return OMAR(
-        MACQL(actor, critic, args.lr, args.updates, args.tau, critic_first=setup.waiting(args)),
+        MACQL(actor, critic, args.lr, args.updates, args.tau, policy_waits=setup.waiting(args)),
         partial(critic_loss, gamma=args.gamma, alpha=args.cql_alpha, bounds=bounds),
         partial(actor_loss, rectification=args.rectification),
         args.cql_samples,

@@ -135,11 +135,8 @@ class Planning:
         self.critic_loss, self.policy_loss = learner.critic_loss, learner.policy_loss
         self.parts = learner.parts
         some = draw(torch.Generator(learner.critic.agent_id.device))  # for the shapes
-        self.planned = {
-            "obs": some.obs,
-            "best": some.actions,
-            "agree": torch.zeros_like(some.reward[0]),
-        }
+        agree = torch.zeros_like(some.reward[0])
+        self.planned = {"obs": some.obs, "best": some.actions, "agree": agree}
         self.planned |= {} if some.avail is None else {"avail": some.avail}
 
     def search(self, generator: torch.Generator) -> None:

@@ -121,11 +121,9 @@ def draw_curves(path: Path) -> None:
     Raises:
         ValueError: matplotlib knows no format of this ending. OSError: `path` cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     tasks = envs.PAPER_SMAC + envs.PAPER_MUJOCO
     for env_id, ax in zip(tasks, figure.subplots(2, 4).flat, strict=True):
         stored = read_weights(FOLDER / f"{env_id}.npz")

@@ -19,7 +19,7 @@ from experiment.report import over_seeds
 HORIZONS = 5, 10, 15, 20
 USES = {  # of u, by how a variant begins
     "": "weights exp(-u)",
-    "--uncertainty shuffled": "weights of another row's u",
+    "--uncertainty shuffled": "weights of another rollout's u",
     "--uncertainty none": "no use of u",
     "--uncertainty penalty": "penalty on the reward",
 }

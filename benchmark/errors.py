@@ -69,11 +69,11 @@ def errors(
         args = train.parse(given)
         setup.check_args(args)
         device, path = setup.choose_device(args), setup.find_dataset(args)
-        data, metadata = load_dataset(path, 0.05, 0, device, args.env_id)
+        data, metadata = load_dataset(path, device, args.env_id)
         tests = {metadata.get("quality", path.stem): data}
         if dataset is None:
             file = behaviour.load_or_record(args.env_id, other, args.episodes)
-            tests[other] = load_dataset(file, 0.05, 0, device, args.env_id)[0]
+            tests[other] = load_dataset(file, device, args.env_id)[0]
         trained_on = next(iter(tests))
         for model, seed in [(m, s) for s in seeds for m in models]:
             of = ["--env-ids" if x == "--env-id" else x for x in source]
@@ -121,11 +121,8 @@ def trained(model: str, args: train.Args, data: OfflineDataset) -> torch.nn.Modu
 @torch.no_grad()
 def measures(model, data: OfflineDataset, test: OfflineDataset) -> dict[str, float]:
     """The error columns of `rows.Error` on `test`'s held-out rows, in units of `data`."""
-    out, batch, error = (
-        predict_held_out(model, test),
-        test.gather(test.held_out),
-        squared_error(data),
-    )
+    out, batch = predict_held_out(model, test), test.gather(test.held_out)
+    error = squared_error(data)
     standardise = standardiser(data)
     truth = standardise("state", batch.next_state)
     true = (standardise("state", out["next_state"]) - truth).norm(dim=-1)

@@ -65,7 +65,6 @@ def draw(groups: Groups) -> bytes:
     Raises:
         ValueError: no run with its method's defaults was evaluated.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels: dict[tuple[str, str], dict[tuple[str, str], Runs]] = {}
@@ -78,19 +77,24 @@ def draw(groups: Groups) -> bytes:
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(3.4 * columns, 3.2 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False).flat
     for ax, (title, runs) in zip(axes, panels.items(), strict=False):
         draw_panel(ax, runs)
         ax.set_title(", ".join(title))
     for ax in list(axes)[len(panels) :]:
         ax.set_axis_off()
-    entries = {}  # by label, so that the legend names every method once
-    for ax in figure.axes:
-        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
+    legend(figure)
     figure.supylabel("return, 95 % interval over seeds")
     return png(figure)
+
+
+def legend(figure, ncols: int | None = None) -> None:
+    """One legend of all panels below them, which names everything once."""
+    entries = {}  # by label
+    for ax in figure.axes:
+        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    columns = ncols or len(entries)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
 def png(figure) -> bytes:
@@ -143,7 +147,6 @@ def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
     Raises:
         ValueError: no run had the true simulator in the world model's place.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     tried: dict[Cell, Counter] = {}
@@ -154,7 +157,6 @@ def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
         raise ValueError("there is nothing to draw: no run of `ceiling` can still be repeated.")
     cells = {cell: variants.most_common(1)[0][0] for cell, variants in tried.items()}
     figure = Figure(figsize=(4.2 * len(cells), 7), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(cells), squeeze=False)
     methods = ["macql", *ORACLES]
     for column, (cell, coloured) in enumerate(cells.items()):
@@ -175,10 +177,7 @@ def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
             draw_depth(axes[1, column], along)
         else:
             axes[1, column].set_axis_off()
-    entries = {}
-    for ax in axes[1]:
-        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
+    legend(figure, ncols=2)
     return png(figure)
 
 
@@ -209,7 +208,6 @@ def draw_predicted(rows: list[Point]) -> bytes:
     Args:
         rows: of points.csv.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels: dict[tuple, dict[str, list[Point]]] = {}
@@ -220,7 +218,6 @@ def draw_predicted(rows: list[Point]) -> bytes:
             mine.append(p)
     methods = [m for m in ("logo", *WORLD_MODELS) if any(m in x for x in panels.values())]
     figure = Figure(figsize=(2.9 * len(methods), 3.1 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), len(methods), squeeze=False)
     for line, (cell, by_method) in zip(axes, panels.items(), strict=True):
         near = [p for mine in by_method.values() for p in mine]
@@ -232,8 +229,7 @@ def draw_predicted(rows: list[Point]) -> bytes:
             ax.set_title(NAMES[method] if method in by_method else f"{NAMES[method]}: not run")
             draw_points(ax, by_method.get(method, []))
         line[0].set_ylabel(f"{cell[0]}\ntrained on {cell[1]}, tested on {cell[2]}", fontsize=8)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    legend(figure, ncols=2)
     return png(figure)
 
 
@@ -243,7 +239,6 @@ def draw_visited(rows: list[Bin]) -> bytes:
     Args:
         rows: of visits.csv.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels: dict[tuple, dict[str, list[Bin]]] = {}
@@ -252,7 +247,6 @@ def draw_visited(rows: list[Bin]) -> bytes:
         by_method.setdefault(row.method, []).append(row)
     methods = list(dict.fromkeys(row.method for row in rows))
     figure = Figure(figsize=(5.4 * len(methods), 2.7 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 2 * len(methods), squeeze=False)
     for line, (cell, by_method) in zip(axes, panels.items(), strict=True):
         paid = [row.reward_mean for some in by_method.values() for row in some if row.visits > 9]

@@ -26,7 +26,7 @@ GPU_SHARE = 0.25  # of a GPU for each run on Ray: alone, such small networks lea
 
 
 class Run(NamedTuple):
-    """One call of train.py."""
+    """One training."""
 
     method: str
     variant: str  # flags that differ from the method's defaults

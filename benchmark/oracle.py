@@ -35,7 +35,6 @@ from behaviour import record
 from buffer import OfflineDataset
 from datasets import one_sentence, read_episodes, write_atomic
 from experiment import setup
-from experiment.folder import OWNED
 from experiment.stopping import saying_how_to_go_on
 from logo_wm import LogoWM
 from simulators.mamujoco import MamujocoEnv
@@ -155,7 +154,6 @@ class Oracle(nn.Module):
     def __init__(self, model: LogoWM, simulator, data: OfflineDataset, by_model: tuple[str, ...]):
         super().__init__()
         self.model, self.simulator, self.by_model = model, simulator, by_model
-        self.data = data
         self.row_of = {x.tobytes(): k for k, x in enumerate(data.state.cpu().numpy())}
 
     def loss(self, batch):
@@ -200,7 +198,7 @@ class Oracle(nn.Module):
                 draw = torch.rand(valid.shape, generator=generator, device=obs.device)
                 terminated = done = (draw < out["terminated"]).float()
             if "reward" in theirs:
-                reward = torch.where(terminated > 0, out["last_reward"], out["running_reward"])
+                reward = torch.where(terminated > 0, out["last_reward"], out["continuing_reward"])
                 reward = clamp("reward", reward)
             for name, x in zip(steps, (actions, reward, terminated, out["uncertainty"], valid),
                                strict=True):  # fmt: skip
@@ -224,8 +222,8 @@ class Windows(nn.Module):
         super().__init__()
         self.model, self.data = model, data
         self.row_of = {x.tobytes(): k for k, x in enumerate(data.state.cpu().numpy())}
-        self.is_step = torch.zeros(len(data.obs), dtype=torch.bool, device=data.obs.device)
-        self.is_step[data.train] = True
+
+    rows = Oracle.rows
 
     def loss(self, batch):
         """LOGO's, so that the phases are the same."""
@@ -234,12 +232,10 @@ class Windows(nn.Module):
     def imagine(self, policy: Callable, starts, horizon: int, generator: torch.Generator) -> dict:
         """As `LogoWM.imagine`; the policy does not act."""
         data, device = self.data, self.data.obs.device
-        first = [self.row_of[x.tobytes()] for x in starts.state.cpu().numpy()]
-        rows = (
-            torch.tensor(first, device=device) + torch.arange(horizon + 1, device=device)[:, None]
-        )
-        rows = rows.clamp(max=len(self.is_step) - 1)  # (H+1,B)
-        valid = self.is_step[rows[:-1]].cumprod(0).float()  # a final observation is no step
+        first = torch.tensor(self.rows(starts), device=device)  # (B,)
+        steps = torch.arange(horizon + 1, device=device).unsqueeze(-1)
+        rows = (first + steps).clamp(max=len(data.obs) - 1)  # (H+1,B)
+        valid = (steps[:-1] < data.left[first]).float()  # a final observation is no step
         states = {"obs": data.obs, "state": data.state, "avail": data.avail}
         steps = {"actions": data.actions, "reward": data.reward, "terminated": data.terminated}
         return {
@@ -333,7 +329,7 @@ def run(argv: list[str] | None) -> dict:
         raise ValueError("--synthetic-fraction 0 leaves no place for a model.")
     mine_again = [*(["--windows"] if mine.windows else []), *(["--model"] if mine.model else [])]
     program = shlex.join(["-m", "benchmark.oracle", *mine_again, *mine.model])
-    with saying_how_to_go_on(flags, OWNED, program):
+    with saying_how_to_go_on(flags, program):
         final = train.main(args, learner=learner, world_model=world_model, method=name)
     if "simulator" in made:
         made["model"].eval()

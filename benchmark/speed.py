@@ -184,10 +184,7 @@ def training(clock: Clock, mode: str, quick: bool) -> list[Row]:
     optimizer = torch.optim.AdamW(world_model.parameters(), args.lr, fused=True)
     model_data = SyntheticBuffer(1, args.horizon, args.rollout_batch_size, n, o, s, a, device)
     if mode == "compiled":
-        for part in (world_model, learner):
-            for name in part.compilable:
-                how = "reduce-overhead" if device.type == "cuda" and name != "step" else "default"
-                setattr(part, name, torch.compile(getattr(part, name), mode=how))
+        train.compile_parts(device, world_model, learner)
     explore = partial(learner.actor.sample, epsilon=train.exploration(args, spec))
     n_synthetic = round(args.synthetic_fraction * args.batch_size)
 

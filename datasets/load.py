@@ -37,14 +37,14 @@ QUALITIES = re.compile(r"[-_. ](expert|medium|mixed|random|replay|good|poor)", r
 
 
 def load_dataset(
-    path: Path, holdout: float, seed: int, device: torch.device, env_id: str | None = None
+    path: Path, device: torch.device, env_id: str | None = None, holdout: float = 0.05
 ) -> tuple[OfflineDataset, dict]:
     """Read recorded episodes of any format into (OfflineDataset, metadata).
 
     Args:
         path: a file, or a folder of a Vault or of Minari.
-        holdout: share of the episodes that is held out. seed: of the choice of these episodes.
         env_id: the task if the file does not say it; for a robot also another division.
+        holdout: share of the episodes that is held out, always the same ones.
     Returns:
         The dataset on `device`, and metadata: path, sha256 (for a folder: of all its files),
         format, episodes, transitions, return_mean, return_std, final_observation ("stored" or
@@ -61,7 +61,7 @@ def load_dataset(
         x = columns.pop(k)
         tensors[k] = None if x is None else torch.from_numpy(x).to(device)
         del x
-    return OfflineDataset(**tensors, lengths=lengths, holdout=holdout, seed=seed), metadata
+    return OfflineDataset(**tensors, lengths=lengths, holdout=holdout), metadata
 
 
 def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarray, dict]:

@@ -129,17 +129,17 @@ def minari_robot(path: Path, first, env_id: str | None) -> tuple[Callable, dict,
         found = named[0]
     robot = find_robot(path, env_id, found)
     parts, shape = robot.partition, (first["observations"].shape[1:], first["actions"].shape[1:])
-    if shape != ((robot.state_dim,), (parts.motors,)):
-        want = f"{robot.state_dim} and {parts.motors}"
+    if shape != ((robot.spec.state_dim,), (parts.motors,)):
+        want = f"{robot.spec.state_dim} and {parts.motors}"
         raise ValueError(
-            f"{path}: observations and actions are {shape}, but {robot.env_id} has {want}."
+            f"{path}: observations and actions are {shape}, but {robot.spec.env_id} has {want}."
         )
 
     def split(get):
         state = get("observations").astype(np.float32)
         return parts.observe(state), state, parts.split(get("actions") / robot.strength)
 
-    shapes = {"obs": parts.obs_index.shape, "state": (robot.state_dim,)}
+    shapes = {"obs": parts.obs_index.shape, "state": (robot.spec.state_dim,)}
     shapes["actions"] = parts.action_index.shape
-    repaired = [f"the robot's state and motors were divided as in {robot.env_id}"]
-    return split, shapes, {"env_id": robot.env_id, "repaired": repaired}
+    repaired = [f"the robot's state and motors were divided as in {robot.spec.env_id}"]
+    return split, shapes, {"env_id": robot.spec.env_id, "repaired": repaired}

@@ -124,11 +124,11 @@ def omiga_columns(path: Path, rows: Rows, keys: dict, ends, env_id: str | None, 
     if (longest := layout.lengths.max()) > TIME_LIMIT:
         raise ValueError(f"{path}: an episode of {longest} steps, but the limit is {TIME_LIMIT}.")
     parts, clipped, r = robot.partition, [0], int((layout.lengths + 1).sum())
-    sizes = (parts.obs_index.size, robot.state_dim, parts.action_index.size)
+    sizes = (parts.obs_index.size, robot.spec.state_dim, parts.action_index.size)
     check_room(path, {k: (r, size) for k, size in enumerate(sizes)})
     columns = {
         "obs": np.empty((r, *parts.obs_index.shape), np.float32),
-        "state": np.empty((r, robot.state_dim), np.float32),
+        "state": np.empty((r, robot.spec.state_dim), np.float32),
         "actions": np.empty((r, *parts.action_index.shape), np.float32),
         "avail": None,
         "reward": np.empty(r, np.float32),
@@ -139,7 +139,7 @@ def omiga_columns(path: Path, rows: Rows, keys: dict, ends, env_id: str | None, 
         other = rows(keys["state"], first, first + len(x))
         if not same_state(x, finite(path, keys["state"], first, other), raw):
             raise ValueError(f"{path}: keys {keys['state']} and {key} differ after row {first}.")
-        return gymnasium_state(path, first, raw, robot.state_dim)
+        return gymnasium_state(path, first, raw, robot.spec.state_dim)
 
     def action(key, first, x):  # OMIGA's agents drive the motors in the agents' order
         joint = finite(path, key, first, x).reshape(len(x), -1).astype(np.float32)
@@ -163,7 +163,7 @@ def omiga_columns(path: Path, rows: Rows, keys: dict, ends, env_id: str | None, 
     if cut.any():
         count = f"{int(cut.sum())} episodes of {TIME_LIMIT} steps"
         repaired.append(f"{count} count as truncated, not as terminated")
-    metadata = {"env_id": robot.env_id, "repaired": repaired, "final_observation": "stored"}
+    metadata = {"env_id": robot.spec.env_id, "repaired": repaired, "final_observation": "stored"}
     return columns, layout.lengths, metadata
 
 

@@ -1,25 +1,15 @@
 """Which robot a recording is of, and how its state and motors are divided among agents."""
 
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from envs import MUJOCO_ROBOTS
-from simulators.mamujoco import MamujocoEnv, Partition
+from simulators.mamujoco import MamujocoEnv
 
 
-class Robot(NamedTuple):
-    """A divided robot."""
-
-    env_id: str  # such as HalfCheetah-6x1
-    partition: Partition
-    state_dim: int  # S, of Gymnasium's v5
-    strength: np.ndarray  # (motors,) the motor command that action 1 stands for
-
-
-def find_robot(path: Path, env_id: str | None, found: str | None) -> Robot:
+def find_robot(path: Path, env_id: str | None, found: str | None) -> MamujocoEnv:
     """The robot of a recording, divided as `env_id` says, or else as `found` in the file says.
+
+    It is closed: its spec, partition and strength are what a reader needs.
 
     Raises:
         ValueError: neither is given, env_id names another robot than the file, or
@@ -34,4 +24,4 @@ def find_robot(path: Path, env_id: str | None, found: str | None) -> Robot:
         raise ValueError(f"{path}: is of {found or 'a robot'}, not of {name}.")
     env = MamujocoEnv(name, num_envs=1, seed=0)
     env.close()
-    return Robot(name, env.partition, env.spec.state_dim, env.strength.astype(np.float32))
+    return env

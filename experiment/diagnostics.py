@@ -19,7 +19,7 @@ import torch
 
 from buffer import OfflineDataset
 from logo_wm import LogoWM
-from macql import Actor
+from macql import Actor, Standardise
 
 
 def generator_for(data: OfflineDataset) -> torch.Generator:
@@ -36,16 +36,11 @@ def replay(actions: Sequence[torch.Tensor]) -> Callable:
 def standardiser(data: OfflineDataset) -> Callable:
     """A function (name, x) -> (x - mean) / std, with the statistics of the training rows.
 
-    `name` is obs, state or reward. A constant column is divided by 1, as `LogoWM.standardise`
-    does.
+    `name` is obs, state or reward. Constant columns are only centred.
     """
-    statistics = data.statistics()
-
-    def standardise(name: str, x: torch.Tensor) -> torch.Tensor:
-        std = statistics[f"{name}_std"]
-        return (x - statistics[f"{name}_mean"]) / torch.where(std == 0, 1.0, std)
-
-    return standardise
+    x = data.statistics()
+    units = {k: Standardise(x[f"{k}_mean"], x[f"{k}_std"]) for k in ("obs", "state", "reward")}
+    return lambda name, value: units[name](value)
 
 
 def squared_error(data: OfflineDataset) -> Callable:
@@ -77,7 +72,7 @@ def predict_held_out(model, data: OfflineDataset) -> dict[str, torch.Tensor]:
     """One step from every held-out row with its recorded action; raw units.
 
     Returns:
-        next_obs (B,N,O), next_state (B,S), reward (B,); uncertainty (B,) where the model has one.
+        next_obs (B,N,O), next_state (B,S), reward (B,); uncertainty (B,).
         A model with a `step` adds its other entries; its predictions are expected values, not
         clamped.
     """
@@ -86,21 +81,17 @@ def predict_held_out(model, data: OfflineDataset) -> dict[str, torch.Tensor]:
         out = model.step(batch.obs, batch.state, batch.actions)
         return out | {"next_obs": out["mean_obs"], "next_state": out["mean_state"]}
     rollout = model.imagine(replay([batch.actions]), batch, 1, generator_for(data))
-    prediction = {
+    return {
         "next_obs": rollout["obs"][1],
         "next_state": rollout["state"][1],
         "reward": rollout["reward"][0],
+        "uncertainty": rollout["uncertainty"][0],
     }
-    if rollout.get("uncertainty") is not None:
-        prediction["uncertainty"] = rollout["uncertainty"][0]
-    return prediction
 
 
 @torch.no_grad()
-def uncertainty_and_error(
-    model, data: OfflineDataset
-) -> tuple[torch.Tensor | None, torch.Tensor]:  # fmt: skip
-    """The model's uncertainty (B,), None if it has none, and the true error of s' (B,).
+def uncertainty_and_error(model, data: OfflineDataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's uncertainty (B,) and the true error of s' (B,).
 
     Both after one step from every held-out row. The error is the Euclidean length of the
     difference between predicted and recorded next state, in standardised units.
@@ -108,7 +99,7 @@ def uncertainty_and_error(
     out, standardise = predict_held_out(model, data), standardiser(data)
     truth = standardise("state", data.gather(data.held_out).next_state)
     error = (standardise("state", out["next_state"]) - truth).norm(dim=-1)
-    return out.get("uncertainty"), error
+    return out["uncertainty"], error
 
 
 @torch.no_grad()
@@ -120,16 +111,12 @@ def one_step_errors(model, data: OfflineDataset) -> dict[str, float]:
         persistence_obs_mse, persistence_state_mse: of predicting that nothing changes.
         vanished_recorded, vanished_imagined: share of the state's entries that are not 0 and become
             0 in a step, e.g. those of a unit that dies.
-        u_error_spearman: rank correlation of the uncertainty with the true error of s', for models
-            that have an uncertainty.
+        u_error_spearman: rank correlation of the uncertainty with the true error of s'.
         direct_state_mse, direct_reward_mse: of the direct prediction by E_ps; LogoWM only.
         deducibility_r2: see `deducibility`; LogoWM only.
     """
-    batch, out, error = (
-        data.gather(data.held_out),
-        predict_held_out(model, data),
-        squared_error(data),
-    )
+    batch, out = data.gather(data.held_out), predict_held_out(model, data)
+    error = squared_error(data)
     measures = {
         "obs_mse": error("obs", out["next_obs"], batch.next_obs),
         "state_mse": error("state", out["next_state"], batch.next_state),
@@ -146,8 +133,7 @@ def one_step_errors(model, data: OfflineDataset) -> dict[str, float]:
             "direct_reward_mse": error("reward", out["direct_reward"], batch.reward),
             "deducibility_r2": deducibility(model, data),
         }
-    if "uncertainty" in out:
-        measures["u_error_spearman"] = rank_correlation(*uncertainty_and_error(model, data))
+    measures["u_error_spearman"] = rank_correlation(*uncertainty_and_error(model, data))
     return measures
 
 
@@ -200,14 +186,8 @@ def rollout_errors(model, data: OfflineDataset, horizon: int) -> dict[str, list[
 
 def recorded_rewards(data: OfflineDataset, rows: torch.Tensor, horizon: int) -> torch.Tensor:
     """Rewards of the recording in the `horizon` steps from training rows (B,), up to their ends."""
-    is_step = torch.zeros(len(data.obs), dtype=torch.bool, device=rows.device)
-    is_step[data.train] = True
-    rewards, running = [], torch.ones_like(rows, dtype=torch.bool)
-    for h in range(horizon):
-        row = (rows + h).clamp(max=len(is_step) - 1)
-        running = running & is_step[row]  # the row of a final observation is no step
-        rewards.append(data.reward[row[running]])
-    return torch.cat(rewards)
+    steps = torch.arange(horizon, device=rows.device).unsqueeze(-1)  # (H,1)
+    return data.reward[(rows + steps)[steps < data.left[rows]]]
 
 
 @torch.no_grad()

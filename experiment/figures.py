@@ -9,9 +9,7 @@ import torch
 import datasets
 
 
-def draw(
-    folder: Path, final: dict, scatter: tuple[torch.Tensor | None, torch.Tensor] | None
-) -> None:
+def draw(folder: Path, final: dict, scatter: tuple[torch.Tensor, torch.Tensor] | None) -> None:
     """Write run.png.
 
     Args:
@@ -20,17 +18,14 @@ def draw(
         scatter: what `diagnostics.uncertainty_and_error` returns; None: a run without a world
             model, the figure has one panel.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import
 
-    panels = 1 if scatter is None else 2 if scatter[0] is None else 3
+    panels = 1 if scatter is None else 3
     figure = Figure(figsize=(1 + 4 * panels, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     draw_returns(axes[0], final)
-    if panels > 1:
+    if scatter is not None:
         draw_rollout_errors(axes[1], final["world_model"]["rollout"])
-    if panels > 2:
         draw_uncertainty(axes[2], *scatter, final["world_model"]["u_error_spearman"])
     memory = io.BytesIO()
     figure.savefig(memory, dpi=110)

@@ -79,7 +79,7 @@ def load_data(args: dict) -> tuple[OfflineDataset, dict]:
     path = args["dataset"]
     if path is None:
         path = behaviour.load_or_record(args["env_id"], args["quality"], args["episodes"])
-    return datasets.load_dataset(Path(path), 0.05, 0, torch.device("cpu"), args["env_id"])
+    return datasets.load_dataset(Path(path), torch.device("cpu"), args["env_id"])
 
 
 def make_model(args: dict, data: OfflineDataset, weights: dict) -> LogoWM:

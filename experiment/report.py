@@ -192,8 +192,7 @@ def model_lines(errors: dict) -> list[str]:
         state, reward = errors["direct_state_mse"], errors["direct_reward_mse"]
         lines.append(f"{'direct (E_ps)':24}{state:8.4f}{reward:9.3f}")
     lines.append(f"{'nothing changes':24}{errors['persistence_state_mse']:8.4f}")
-    if "u_error_spearman" in errors:
-        lines.append(f"rank correlation of u with the error {errors['u_error_spearman']:.2f}")
+    lines.append(f"rank correlation of u with the error {errors['u_error_spearman']:.2f}")
     return lines
 
 

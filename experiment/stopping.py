@@ -8,20 +8,17 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from datasets.errors import Interrupted, handling, interrupt
+from experiment.folder import OWNED
 
 
 @contextlib.contextmanager
-def saying_how_to_go_on(
-    argv: list[str] | None, folders: list[Path], program: str
-) -> Iterator[None]:
+def saying_how_to_go_on(argv: list[str] | None, program: str) -> Iterator[None]:
     """Give an interrupt the sentence that says where the checkpoint is and which command goes on.
 
     Args:
         argv: the flags of train.py; None: those of the process.
-        folders: of runs, the last one is this process's; read when a signal has come.
         program: what Python runs.
     """
     try:
@@ -30,7 +27,7 @@ def saying_how_to_go_on(
         given = sys.argv[1:] if argv is None else argv
         flags = shlex.join(x for x in given if x != "--resume")
         again = f"python {program} {flags}"
-        if folders and (checkpoint := folders[-1] / "checkpoint.pt").exists():
+        if OWNED and (checkpoint := OWNED[-1] / "checkpoint.pt").exists():
             e.sentence = f"stopped; {checkpoint} is kept. Go on with: {again} --resume"
         else:
             e.sentence = f"stopped before the first checkpoint. Start again with: {again}"

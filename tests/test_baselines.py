@@ -26,7 +26,7 @@ def parts():
     torch.manual_seed(0)
     data, spec = make_data(True)
     data.avail[:, :, 1] = data.actions[:, :, 1]  # available only where it was taken
-    return data, spec, data.gather(data.train[:6]), cfcql.Args(hidden=8)
+    return data, spec, data.gather(data.train[:6]), cfcql.Args(hidden=8, updates=8)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -122,7 +122,7 @@ def test_beta_learns_from_real_rows_alone(parts):
 def test_continuous_counterfactuals_replace_one_agent_at_a_time(conservative):
     torch.manual_seed(0)
     data, spec = make_data(False)
-    batch, args = data.gather(data.train[:4]), cfcql.Args(hidden=8)
+    batch, args = data.gather(data.train[:4]), cfcql.Args(hidden=8, updates=8)
     learner = train.make_learner(args, spec, data)
     noise = None
     draws, density = learner.actor(batch.obs, None).detach()[None], torch.zeros(1, 4, 2)

@@ -252,7 +252,7 @@ def test_one_imagined_step_is_a_step(name, discrete, monkeypatch):
         clamped = model.rows.clamp_to_data(key, out[f"next_{key}"])
         torch.testing.assert_close(rollout[key][1], clamped)
     done = rollout["terminated"][0]
-    reward = torch.where(done > 0, out["last_reward"], out["running_reward"])
+    reward = torch.where(done > 0, out["last_reward"], out["continuing_reward"])
     torch.testing.assert_close(rollout["reward"][0], model.rows.clamp_to_data("reward", reward))
     assert (rollout["uncertainty"] == 0).all() and (out["uncertainty"] == 0).all()
     if discrete:

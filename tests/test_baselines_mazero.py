@@ -221,7 +221,7 @@ def test_only_their_position_tells_agents_apart():
     h, actions = torch.randn(6, 2, 16), data.actions[:6]
     apart = model.advance(h.flip(1), actions.flip(1))
     assert not torch.allclose(apart, model.advance(h, actions).flip(1), atol=1e-4)
-    model.positions.zero_()
+    model.attention.positions.zero_()
     for moment in ("mean", "std"):  # of observations: each agent has its own
         getattr(model.rows, f"obs_{moment}").fill_(1.0)
     apart = model.advance(h.flip(1), actions.flip(1))
@@ -274,7 +274,7 @@ def test_a_rollout_is_one_latent_step_after_another(discrete):
             clamped = model.rows.clamp_to_data(key, out[f"next_{key}"])
             torch.testing.assert_close(rollout[key][t + 1], clamped)
         reward = torch.where(
-            rollout["terminated"][t] > 0, out["last_reward"], out["running_reward"]
+            rollout["terminated"][t] > 0, out["last_reward"], out["continuing_reward"]
         )
         torch.testing.assert_close(rollout["reward"][t], model.rows.clamp_to_data("reward", reward))
         if discrete:

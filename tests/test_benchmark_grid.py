@@ -226,7 +226,7 @@ def test_means_say_of_how_many_runs_they_are():
     rows += [row("macql", s, 3.0) for s in (1, 2)]
     groups = tables.group(rows)
     assert "| 2.00 (1) |" in tables.scores(groups) and "| 2.00 (1) |" in tables.comparison(groups)
-    assert tables.differences(groups).endswith("| +1.00, +3.00 | +2.00 (1) |")
+    assert tables.gains(groups, True).endswith("| +1.00, +3.00 | +2.00 (1) |")
 
 
 def test_differences_are_paired_by_seed():
@@ -239,7 +239,7 @@ def test_differences_are_paired_by_seed():
     assert (low, high) == tuple(np.quantile(draws, (0.025, 0.975))) == (-0.5, 0.5)
     half = scipy.stats.t.ppf(0.975, 1) * 0.5  # times sqrt(1/2), over sqrt(2)
     both = f"| +0.00 | -0.50 to +0.50 | {-half:+.2f} to {half:+.2f} | +0.50, -0.50 |"
-    assert both in tables.differences(groups)
+    assert both in tables.gains(groups, True)
     assert tables.paired_difference(a, {1: b[1]}) == ([0.5], None)
 
 
@@ -250,8 +250,8 @@ def test_flags_of_imagination_are_compared_with_plain_macql():
         row("logo", 1, 11.0, variant="--n-step 1"),
         row("logo", 1, 19.0, variant="--horizon 5 --n-step 1"),  # with nothing
     ]  # fmt: skip
-    assert tables.differences(tables.group(rows)).count("\n") == 1  # LOGO's defaults have no run
-    _, _, *lines = tables.variants(tables.group(rows)).splitlines()
+    assert tables.gains(tables.group(rows), True).count("\n") == 1  # LOGO's defaults have no run
+    _, _, *lines = tables.gains(tables.group(rows), False).splitlines()
     found = {x[4].strip(): x[6].strip() for x in (line.split("|") for line in lines)}
     assert found == {"`--draw-zeros --horizon 5`": "+2.00", "`--n-step 1`": "+4.00"}
 

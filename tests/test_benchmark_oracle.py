@@ -23,7 +23,7 @@ SLOTS = 8  # the simulator is compiled for so many episodes, as in conftest.py
 def load(env_id: str, quality: str, episodes: int, folder):
     path = folder / f"{env_id}.h5"
     record.record(env_id, quality, episodes, 0, path)
-    return datasets.load_dataset(path, 0.3, 0, torch.device("cpu"))
+    return datasets.load_dataset(path, torch.device("cpu"), holdout=0.3)
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_coverage_of_two_runs(dataset, tmp_path, undrawn, capsys):
     assert of == [("data", 1), ("data", 2), ("logo", 1), ("macql", 2)]
     assert states.coverage_table(rows, {}).count("the data") == 2
     data = [r for r in rows if r.method == "data" and r.seed == 1]
-    loaded = train.load_dataset(dataset, 0.05, 0, torch.device("cpu"), "3s_vs_5z")[0]
+    loaded = train.load_dataset(dataset, torch.device("cpu"), "3s_vs_5z")[0]
     assert sum(r.visits for r in data) == len(loaded.train)
     paid = sum(r.visits * r.reward_mean for r in data)
     assert paid == pytest.approx(loaded.reward[loaded.train].sum().item(), rel=1e-3)

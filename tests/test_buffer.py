@@ -155,11 +155,6 @@ def test_statistics_are_of_the_training_rows_alone():
     }  # fmt: skip
 
 
-def test_episode_returns_skip_the_final_observation():
-    lengths = [2, 3]  # rows 0 1 (2), 3 4 5 (6), rewards twice the row's number
-    assert make_dataset(lengths).episode_returns.tolist() == [2.0, 24.0]
-
-
 def test_lengths_that_do_not_fit_the_rows_are_refused():
     with pytest.raises(ValueError, match=f"need {sum(LENGTHS) + 30} rows, not {sum(LENGTHS) + 31}"):
         make_dataset(extra_rows=1)

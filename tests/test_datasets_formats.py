@@ -106,7 +106,7 @@ def write_vault(path: Path, arrays: dict[str, np.ndarray], spare: int = 50) -> P
 
 
 def load(path: Path, env_id: str | None = None):
-    return datasets.load_dataset(path, 0.3, 0, torch.device("cpu"), env_id)
+    return datasets.load_dataset(path, torch.device("cpu"), env_id, 0.3)
 
 
 def assert_same_robot(data, episodes: list[Episode], env_id: str) -> None:
@@ -546,7 +546,7 @@ def peak():
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
 before = peak()
-data, _ = datasets.load_dataset(sys.argv[1], 0.05, 0, torch.device("cpu"))
+data, _ = datasets.load_dataset(sys.argv[1], torch.device("cpu"))
 tensors = (data.obs, data.state, data.actions, data.avail, data.reward, data.terminated)
 print(peak() - before, sum(x.nbytes for x in tensors))
 """

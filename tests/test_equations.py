@@ -389,7 +389,7 @@ def test_eq_5_and_a_step_equal_a_loop(deduce_from, zeros, draw_zeros, observe, h
         running = naive.raw("reward", now.r)
         last = naive.raw("reward", now.last_r) if heads else running
         expected = {
-            "uncertainty": u, "terminated": end, "running_reward": running, "last_reward": last,
+            "uncertainty": u, "terminated": end, "continuing_reward": running, "last_reward": last,
             "reward": (1 - end) * running + end * last,
             "direct_reward": naive.raw("reward", direct[S]),
             "direct_state": naive.raw("state", direct[:S]),
@@ -463,10 +463,10 @@ def test_a_rollout_equals_a_loop_of_single_steps(
         draws = torch.rand(B, generator=again) if heads else torch.zeros(B)
         ends = [float(heads and draws[b] < step["terminated"][b]) for b in range(B)]
         assert out["terminated"][h].tolist() == ends and out["valid"][h].tolist() == valid
-        kind = ["last_reward" if end else "running_reward" for end in ends]
+        kind = ["last_reward" if end else "continuing_reward" for end in ends]
         reward = torch.stack([step[name][b] for b, name in enumerate(kind)])
         assert torch.equal(out["reward"][h], limited("reward", reward))
-        last_rewards += int((reward != step["running_reward"]).sum())
+        last_rewards += int((reward != step["continuing_reward"]).sum())
         valid = [0.0 if end else x for x, end in zip(valid, ends, strict=True)]
         outside += int((step["next_obs"] != limited("obs", step["next_obs"])).sum())
         obs, state = limited("obs", step["next_obs"]), limited("state", step["next_state"])
@@ -502,7 +502,7 @@ def test_the_expected_reward_is_what_rollouts_receive_on_average(draw_zeros):
     many = Batch(*(x.repeat_interleave(4000, 0) for x in batch))
     out = model.imagine(lambda *_: many.actions, many, 1, torch.Generator().manual_seed(0))
     received = out["reward"][0].view(B, -1).mean(1)
-    spread = (step["last_reward"] - step["running_reward"]).abs()
+    spread = (step["last_reward"] - step["continuing_reward"]).abs()
     assert (spread > 0.1).any()
     tolerance = 4 * 0.5 * spread / 4000**0.5 + (0.02 if draw_zeros else 0.0)
     assert ((received - expected).abs() <= tolerance).all()
@@ -1003,7 +1003,7 @@ def test_the_heads_learn_from_what_step_shows_them(observe, draw_zeros):
 def test_a_task_that_never_ends_does_not_end_in_imagination():
     model, batch, _ = build("obs+state+actions")
     out = model.step(batch.obs, batch.state, batch.actions)
-    assert (out["terminated"] > 0).all() and (out["reward"] != out["running_reward"]).all()
+    assert (out["terminated"] > 0).all() and (out["reward"] != out["continuing_reward"]).all()
     model.can_end.zero_()
     out = model.step(batch.obs, batch.state, batch.actions)
-    assert (out["terminated"] == 0).all() and torch.equal(out["reward"], out["running_reward"])
+    assert (out["terminated"] == 0).all() and torch.equal(out["reward"], out["continuing_reward"])

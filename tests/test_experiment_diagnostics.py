@@ -155,12 +155,6 @@ def test_uncertainty_is_compared_with_the_length_of_the_error(data):
         assert u[k].item() == close(float(data.state[i].square().sum()))
 
 
-def test_a_model_without_uncertainty_has_no_rank_correlation(data):
-    model = Drift(uncertainty=None)
-    assert "u_error_spearman" not in diagnostics.one_step_errors(model, data)
-    assert diagnostics.uncertainty_and_error(model, data)[0] is None
-
-
 def test_rank_correlation_is_spearmans_with_ties():
     g = torch.Generator().manual_seed(0)
     x, y = (torch.randint(0, 6, (200,), generator=g).float() for _ in range(2))

@@ -364,7 +364,7 @@ def same(before: list, network) -> bool:
 
 def test_the_policy_waits_until_the_critic_has_learnt():
     g, ones = torch.Generator().manual_seed(0), torch.ones(32)
-    learner = macql(critic_first=3)
+    learner = macql(policy_waits=3)
     actor, average = parameters(learner.actor), parameters(learner.ema_actor)
     for k in range(3):
         critic = parameters(learner.critic)
@@ -373,7 +373,7 @@ def test_the_policy_waits_until_the_critic_has_learnt():
         assert not same(critic, learner.critic)
         assert same(actor, learner.actor) and same(average, learner.ema_actor)
         if k == 1:  # interrupted, the resumed learner waits for one update more
-            resumed = macql(critic_first=3)
+            resumed = macql(policy_waits=3)
             resumed.load_state_dict(copy.deepcopy(learner.state_dict()))
             resumed.update(bandit(32, g), ones, g)
             assert same(actor, resumed.actor)
@@ -381,7 +381,7 @@ def test_the_policy_waits_until_the_critic_has_learnt():
             assert not same(actor, resumed.actor)
     assert "pi_bc" in learner.update(bandit(32, g), ones, g)
     assert not same(actor, learner.actor) and not same(average, learner.ema_actor)
-    clone = macql(critic=False, critic_first=3)  # there is nothing to wait for
+    clone = macql(critic=False, policy_waits=3)  # there is nothing to wait for
     assert "pi_bc" in clone.update(bandit(32, g), ones, g)
 
 

@@ -184,7 +184,7 @@ def test_continuous_actions_of_another_task_are_told_the_flags(go, tmp_path, cap
     final = go("--dataset", str(path), "--env-id", "toy")
     assert final["backend"] == "offline"
     told = re.search("robots have (.*)\n", capsys.readouterr().out)[1].split()
-    usual = {k: v for k, v in train.CONTINUOUS.items() if k != "eval_episodes"}
+    usual = train.CONTINUOUS
     args = train.parse(["--env-id", "toy", *told])
     assert all(getattr(args, k) == v for k, v in usual.items())
     assert len(told) == 2 * len(usual)
@@ -408,7 +408,7 @@ def test_a_dataset_of_other_sizes_is_refused(go, dataset, tmp_path):
     nameless.write_bytes(dataset.read_bytes())
     with h5py.File(nameless, "r+") as f:
         del f.attrs["env_id"]
-    with pytest.raises(SystemExit, match=r"\(3, 73, 96, 10\).*\(5, 91, 120, 10\)"):
+    with pytest.raises(SystemExit, match=r"\(3, 73, 96, 10, True\).*\(5, 91, 120, 10, True\)"):
         go("--dataset", str(nameless), "--env-id", "2s3z")
 
 
