@@ -90,7 +90,7 @@ class LogoWM(nn.Module):
 
     Args:
         num_agents, obs_dim, state_dim, action_dim: N, O, S, A.
-        hidden: width of the layers; of the heads' half.
+        hidden: width of the layers; the heads have half of it.
         discrete: actions are one-hot, and some may be unavailable.
         statistics: of the data: obs_mean (N,O), state_std (S,), reward_min (), ... as
             `buffer.OfflineDataset.statistics` returns them; None = standardised already, no clamp.

@@ -59,8 +59,7 @@ class Drift:
             actions = policy(obs, states["avail"][-1], generator)
             self.calls += 1
             now = {"actions": actions, "terminated": torch.full((size,), float(h == 1))}
-            if self.uncertainty:
-                now["uncertainty"] = self.uncertainty(state)
+            now["uncertainty"] = self.uncertainty(state)
             obs, state, now["reward"] = self.move(obs, state, actions)
             now["valid"] = torch.full((size,), float(h < 2))  # every rollout ends with step 2
             mask = torch.ones_like(actions)

@@ -36,7 +36,7 @@ class Args:
 class Constant:
     """A world model that only has what every world model has: nothing changes, reward 1."""
 
-    def __init__(self, uncertainty: float | None = 1.0):
+    def __init__(self, uncertainty: float = 1.0):
         self.uncertainty = uncertainty
 
     def loss(self, batch):
@@ -48,7 +48,7 @@ class Constant:
 
         ones = torch.ones(len(starts.state))
         actions = [policy(starts.obs, starts.avail, generator) for _ in range(horizon)]
-        rollout = {
+        return {
             "obs": torch.stack([starts.obs] * (horizon + 1)),
             "state": torch.stack([starts.state] * (horizon + 1)),
             "avail": torch.stack([starts.avail] * (horizon + 1)),
@@ -56,10 +56,8 @@ class Constant:
             "reward": per_step(ones),
             "terminated": per_step(0 * ones),
             "valid": per_step(ones),
+            "uncertainty": per_step(self.uncertainty * ones),
         }
-        if self.uncertainty is not None:
-            rollout["uncertainty"] = per_step(self.uncertainty * ones)
-        return rollout
 
 
 @pytest.fixture(scope="module")
