@@ -100,7 +100,7 @@ def make(
 
     Args:
         env_id: a map (3s_vs_5z), a scenario of SMACv2 (terran_5_vs_5), or a divided robot
-            (HalfCheetah-6x1); `known_ids()` lists what runs without StarCraft II.
+            (HalfCheetah-6x1); `known_ids()` lists SMAX's maps and the paper's robots.
         num_envs: E, episodes that run side by side.
         backend: see `choose_backend`.
         seed: of the first `reset`; episode k's randomness depends on (seed, k) alone, not on E.

@@ -223,7 +223,7 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         critic = Critic(*obs, *state, *sizes, args.critics).to(data.obs.device)
     bounds = (-math.inf, math.inf)
     if args.clamp:  # Deviation D4
-        returns = returns_to_go(data, gamma=1.0)
+        returns = torch.cat([returns_to_go(data, gamma=x) for x in (1.0, args.gamma)])
         bounds = (returns.min().item(), returns.max().item())
     return MACQL(
         actor, critic, args.lr, decay_updates(args, args.updates), args.tau,
@@ -259,8 +259,9 @@ def main(
         args: the flags; `defaults` gives those of a task.
         learner: builds the learner from (args, spec, data): any object with .actor and .ema_actor,
             both a `macql.Actor`, .update(batch, is_real, generator) -> metrics (at least one, 0-d
-            tensors), .state_dict() and .load_state_dict(), as `MACQL` has them. It gets real rows
-            alone in the first --critic-first of the updates.
+            tensors), .state_dict() and .load_state_dict(), as `MACQL` has them. A .critic that is
+            not None is called as critic(obs, state, actions) -> (K,B) for the report, and so is a
+            .critic_target. It gets real rows alone in the first --critic-first of the updates.
         world_model: builds the world model from (args, spec, data): an nn.Module with
             .loss(batch) -> (scalar, metrics) and .imagine(policy, starts, horizon, generator) ->
             rollout with all entries of `LogoWM`'s; a .step, if there is one, returns what
@@ -371,7 +372,10 @@ def main(
                 score = evaluate(env, learner.ema_actor.greedy, args.eval_episodes, seed, device)
             run.evaluation(k + 1, score)
     run.close()
-    return report.finish(run, data, env, learner, bc_actor, world_model if n_synthetic else None)
+    final = report.finish(run, data, env, learner, bc_actor, world_model if n_synthetic else None)
+    if env and simulator is None:
+        env.close()
+    return final
 
 
 def parse(argv: list[str] | None = None, kind: type[Args] = Args, **about) -> Args:

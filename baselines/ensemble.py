@@ -12,11 +12,13 @@ same batches and differ by their initial weights alone [Lakshminarayanan et al.,
 them imagine, instead of the five with the least held-out error; sigma and the error are of
 standardised values, and u is their root mean square in units of the reward's standard deviation, so
 that one lambda serves every task; in it sigma^2 counts with the probability that its value is not 0
-(D11), because no likelihood trains it where the value is 0; the likelihood is half of the code's
-and divided by D, as is the pull on the bounds of log sigma^2. LOGO's D3, D4 and D11 (heads, clamp,
-zeros) apply, see joint.py: without them no ensemble can show a unit that dies or is out of sight.
-With D4 MACQL also keeps later values within the data's returns: what the penalty costs beyond that
-reaches the steps in the target alone.
+(D11), because no likelihood trains it where the value is 0; the optimiser is LOGO's, AdamW with
+step size 3e-3 and weight decay 0.1, also on the bounds of log sigma^2 (the code: 1e-3, and 2.5e-5
+to 1e-4 on the layers' weights alone); the likelihood is half of the code's and divided by D, as is
+the pull on the bounds of log sigma^2. LOGO's D3, D4 and D11 (heads, clamp, zeros) apply, see
+joint.py: without them no ensemble can show a unit that dies or is out of sight. With D4 MACQL also
+keeps later values within the data's returns: what the penalty costs beyond that reaches the steps
+in the target alone.
 
 Source: https://github.com/yihaosun1124/OfflineRL-Kit at e3ce697: dynamics/ensemble_dynamics.py,
 run_example/run_mopo.py. Its lambda is 0.5 to 5 and its horizon 1 or 5, chosen for each dataset.

@@ -68,8 +68,8 @@ def record(env_id: str, quality: Quality, episodes: int, seed: int, path: Path) 
         ImportError: the task's simulator is not installed.
         OSError: `path` cannot be written; nothing is left behind.
     """
-    if seed < 0:
-        raise ValueError(f"--seed is {seed}: give 0 or more.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed is {seed}: give 0 to {2**32 - 1:,}.")
     if envs.natural_backend(env_id) == "smacv2":
         raise ValueError(f"{env_id}: recordings are made in SMAX and MuJoCo only.")
     spec = envs.make(env_id, hide=False).spec  # these policies see all that SMAX shows

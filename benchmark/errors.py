@@ -1,6 +1,7 @@
 """How well each world model predicts one step, on data of the same and of another quality.
 
-Phase 1 of train.py alone, for LOGO and for every world model of baselines/, on the same batches.
+Phase 1 of train.py alone, for LOGO and for every world model of baselines/, on the same batches
+(MAMBA and MAZero draw windows of their own, as many times).
 Errors are mean squared errors on held-out episodes in standardised units: 1 is the error of always
 predicting the training data's mean. Rows of the other quality are what the paper calls data out of
 the dataset (Sec. 5.4); they are standardised with the training data's statistics, too.

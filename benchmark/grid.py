@@ -23,6 +23,7 @@ from behaviour import Quality
 from benchmark.launchers import End, Run, locally, on_ray, processor
 from benchmark.oracle import PARTS
 from benchmark.rows import CEILING, DEPTH, RUNS, Result, depths, key_of, read, record, result
+from datasets import check_writable
 from experiment.setup import check_args
 from experiment.tracking import MAY_DIFFER, plain
 
@@ -125,7 +126,13 @@ def keep(run: Run, where: str, results: Path, known: bool = False) -> str | None
     except (ValueError, KeyError, TypeError) as e:
         return f"{file} is not of a finished run ({e!r}): delete its folder"
     recorded = read(results, Result) if known and results.exists() else []
-    if (key_of(row), row.commit) not in [(key_of(old), old.commit) for old in recorded]:
+    others = {old.commit for old in recorded if key_of(old) == key_of(row)}
+    if others - {row.commit}:
+        return (
+            f"{file} is of commit {row.commit}, its row in {results} of {', '.join(others)}: "
+            "delete the folder to train it anew, or give another --out or --results"
+        )
+    if not others:
         if values:
             record(results.with_name(DEPTH.name), *depths(values, row))
         record(results, row)
@@ -165,8 +172,9 @@ def grid(
         raise ValueError(f"--jobs {jobs}: give 1 or more.")
     if launcher == "ray" and jobs > 1:
         raise ValueError("--jobs is for --launcher local: Ray itself starts as many runs as fit.")
+    check_writable(results)  # before hours of work
     if results.exists():
-        read(results, Result)  # refuse another file before hours of work
+        read(results, Result)
     runs, started = plan(env_ids, qualities, methods, seeds, flags, out, variants), time.time()
     known = [run for run in runs if (run.folder / "final.json").exists()]
     missing, failures = [run for run in runs if run not in known], []

@@ -71,6 +71,8 @@ def replay_smax(data: OfflineDataset, metadata: dict):
         last = first + count // policies + (k < count % policies)  # of this policy's episodes
         for seed in rounds:
             episodes = np.arange(first, min(first + env.num_envs, last))
+            if not len(episodes):  # of a policy with one episode less there is no further round
+                continue
             first = episodes[-1] + 1
             now = env.reset(seed)
             for t in range(lengths[episodes].max() + 1):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import envs
 from benchmark.markdown import table
-from benchmark.rows import VISITS, Bin, Point, record
+from benchmark.rows import VISITS, Bin, Point, read, record, write
 from buffer import OfflineDataset
 from experiment import setup
 from experiment.diagnostics import predict_held_out, standardiser
@@ -87,7 +87,8 @@ def coverage(runs: tuple[Path, ...], episodes: int = 64, results: Path = VISITS)
     Args:
         runs: folders of finished runs of one task on the same data, e.g. of LOGO and of MACQL
         episodes: that each of them plays
-        results: file that receives a row per visited region
+        results: file that receives a row per visited region, in place of all that it has of this
+            task, quality and seeds
     """
     if episodes < 1:
         raise ValueError(f"--episodes is {episodes}: give 1 or more.")
@@ -122,6 +123,11 @@ def coverage(runs: tuple[Path, ...], episodes: int = 64, results: Path = VISITS)
     everything = np.concatenate([plane for plane, _ in seen.values()])
     low, high = everything.min(0), everything.max(0)
     quality = metadata.get("quality", Path(metadata["path"]).stem)
+    cells = {(args["env_id"], quality, seed) for _, seed in seen}
+    if results.exists():  # rows of another call have squares of another plane
+        old = read(results, Bin)
+        kept = [row for row in old if (row.env_id, row.quality, row.seed) not in cells]
+        write(results, kept, Bin)
     for (method, seed), (plane, rewards) in seen.items():
         about = method, args["env_id"], quality, seed
         record(results, *bins(plane, rewards, low, high, about))

@@ -45,7 +45,11 @@ BOOTSTRAP_DRAWS = 10_000
 # Tasks on which defaults were chosen
 TUNED_ON = ("3s_vs_5z", "2s3z", "5m_vs_6m", "3s5z_vs_3s6z", *PAPER_MUJOCO)
 # Flags that change nothing without a world model
-IMAGINATION = {"--draw-zeros", "--horizon", "--uncertainty", "--u-scale"}
+IMAGINATION = {
+    *("--draw-zeros", "--horizon", "--uncertainty", "--u-scale", "--wm-updates", "--wm-batch-size"),
+    *("--wm-lr", "--wm-weight-decay", "--deduce-from", "--no-heads", "--no-zeros", "--observe"),
+    *("--epsilon", "--rollout-batch-size", "--rollout-interval", "--cap", "--imagined-rows"),
+}
 NAMES = {  # a method that is not here: its key
     "logo": "LOGO",
     "macql": "MACQL",
@@ -375,9 +379,11 @@ def errors_table(rows: list[Error]) -> str:
                 line += [over_seeds([row.reward_mse for row in some], 4)]
                 line += [f"{np.mean([row.persistence_state_mse for row in some]):.4f}"]
             if len(line) > 3:
-                lines.append([*line, *[""] * (13 - len(line))])
+                lines.append(line)
     kinds = ["tested on", "seeds", "s'", "r'", "nothing changes"]
-    return table(["task", "trained on", "model", *kinds, *kinds], lines)
+    width = max(map(len, lines), default=13)
+    header = ["task", "trained on", "model", *kinds * ((width - 3) // 5)]
+    return table(header, [[*line, *[""] * (width - len(line))] for line in lines])
 
 
 def results_tables(rows: list[Result]) -> dict[str, str]:

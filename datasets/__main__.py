@@ -19,7 +19,8 @@ def info_command(path: Source, /, env_id: str | None = None) -> None:
 
     Args:
         path: a file, or a folder of a Vault or of Minari.
-        env_id: the task if the file does not say it; for a robot also another division.
+        env_id: the task if the file does not say it; for a robot of OMIGA or Minari also
+            another division.
     """
     print(describe(path, env_id))
 
@@ -32,7 +33,8 @@ def convert_command(
     Args:
         path: a file, or a folder of a Vault or of Minari.
         out: the file to write.
-        env_id: the task if the file does not say it; for a robot also another division.
+        env_id: the task if the file does not say it; for a robot of OMIGA or Minari also
+            another division.
     """
     convert(path, out, env_id)
     print(describe(out))

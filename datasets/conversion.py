@@ -52,6 +52,8 @@ def convert(path: Path, out: Path, env_id: str | None = None) -> None:
     if out.exists() and (out.samefile(path) or not h5py.is_hdf5(out)):
         raise ValueError(f"{out} exists, and is the source or no dataset: name another file.")
     columns, lengths, metadata = read_episodes(path, env_id)
+    if "env_id" not in metadata:
+        raise ValueError(f"{path} does not say its task: give --env-id.")
     discrete = columns["avail"] is not None
     valid = np.ones((len(columns["reward"]), 1))
 

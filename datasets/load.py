@@ -43,7 +43,8 @@ def load_dataset(
 
     Args:
         path: a file, or a folder of a Vault or of Minari.
-        env_id: the task if the file does not say it; for a robot also another division.
+        env_id: the task if the file does not say it; for a robot of OMIGA or Minari also
+            another division.
         holdout: share of the episodes that is held out, always the same ones.
     Returns:
         The dataset on `device`, and metadata: path, sha256 (for a folder: of all its files),
@@ -100,7 +101,8 @@ def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarr
     if task is None or task in SMAC_MAPS or envs.SMACV2_ID.fullmatch(task):  # a victory pays 20
         if "won" not in columns and (won := infer_wins(columns, lengths, returns)) is not None:
             columns["won"], metadata["win_rate_inferred"] = won, True
-            metadata["repaired"] += repair_time_limits(columns, lengths, won)
+            if metadata["final_observation"] == "stored":  # else nothing says what comes after
+                metadata["repaired"] += repair_time_limits(columns, lengths, won)
         check_victories(path, columns, lengths, returns)
     if "won" in columns:
         metadata["win_rate"] = float(columns["won"].mean())

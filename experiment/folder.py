@@ -10,7 +10,7 @@ import torch
 from datasets import lock, make_folder, remove_parts
 
 HEADER = "phase,update,metric,value\n"
-ROW = re.compile(r"(\w+),(\d+),[\w/.-]+,(-?\d[\d.e+-]*|-?inf|nan)\n")
+ROW = re.compile(r"(\w+),(\d+),[^,\n]+,(-?\d[\d.e+-]*|-?inf|nan)\n")
 OWNED: list[Path] = []  # folders of this process's runs, in the order in which they began
 
 
@@ -106,7 +106,7 @@ def require(condition: bool, what: str) -> None:
 
 def same_kind(x, other) -> bool:
     """Whether `x` could stand where `other` does: numbers, tensors of its shape, dicts and lists of
-    such; but the steps that an optimiser remembers are not yet in a fresh one's state.
+    such; but what an optimiser or a learner remembers may not be in a fresh one's state yet.
     """
     if isinstance(other, dict) and isinstance(x, dict):
         if other.keys() == {"state", "param_groups"}:
@@ -118,7 +118,7 @@ def same_kind(x, other) -> bool:
         return x.shape == other.shape and x.dtype == other.dtype
     if type(other) in (int, float):
         return type(x) in (int, float)
-    return type(x) is type(other)
+    return other is None or type(x) is type(other)
 
 
 def adams(part) -> list[torch.optim.Adam]:

@@ -90,11 +90,11 @@ def make_model(args: dict, data: OfflineDataset, weights: dict) -> LogoWM:
     """
     (n, o), s, a = data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1]
     names = ("deduce_from", "heads", "clamp", "zeros", "draw_zeros", "observe")
-    flags = {k: args[k] for k in names}
-    model = LogoWM(n, o, s, a, args["hidden"], data.avail is not None, data.statistics(), **flags)
+    sizes = n, o, s, a, args["hidden"], data.avail is not None, data.statistics()
     try:
+        model = LogoWM(*sizes, **{k: args[k] for k in names})
         model.load_state_dict(weights)
-    except RuntimeError as e:
+    except (KeyError, RuntimeError) as e:
         raise ValueError(f"its world model is not a LogoWM: {' '.join(str(e).split())}.") from e
     return model.eval()
 

@@ -25,7 +25,6 @@ from experiment.diagnostics import (
     uncertainty_and_error,
 )
 from experiment.figures import draw
-from experiment.setup import commit
 from experiment.tracking import plain
 
 FINAL_EVALUATIONS = 5  # the last ones are pooled to the final score, because single ones vary
@@ -93,7 +92,7 @@ def about(run) -> dict:
         "args": plain(run.asked),
         "updates": run.args.updates,
         "method": run.method,
-        "commit": commit(),
+        "commit": run.commit,
         "versions": versions | {"python": platform.python_version()},
         "device": device,
         "backend": run.spec.backend,
@@ -257,8 +256,8 @@ def has_numbers(part, keys: tuple[str, ...]) -> bool:
 def compare(paths: list[Path]) -> str:
     """Two markdown tables of finished runs, one row per setting: scores, world models.
 
-    Runs of one backend and one method whose names differ only in -seedN are one setting. Cells are
-    means with a 95 % interval over seeds.
+    Runs of one task, quality, backend and method whose names differ only in -seedN are one setting.
+    Cells are means with a 95 % interval over seeds.
 
     Args:
         paths: folders of runs, or final.json files under any name.
@@ -266,9 +265,10 @@ def compare(paths: list[Path]) -> str:
         ValueError: one of them is not a finished run.
     """
     groups: dict[tuple, list[dict]] = {}
-    for path in paths:
-        name, run = read_final(Path(path))
-        setting = (re.sub(r"-seed\d+$", "", name), run["backend"], run.get("method"))
+    for path in dict.fromkeys(map(Path, paths)):
+        name, run = read_final(path)
+        task = run.get("env_id"), run["dataset"].get("quality"), run["backend"], run.get("method")
+        setting = re.sub(r"-seed\d+$", "", name), *task
         groups.setdefault(setting, []).append(run)
     named = [(name, runs) for (name, *_), runs in groups.items()]
     lines = [

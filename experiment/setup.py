@@ -50,6 +50,8 @@ def check_args(args) -> None:
         ValueError: one sentence: which flag, what is wrong with it, what would do.
     """
     for name, value in vars(args).items():
+        if type(value) is int and type(getattr(type(args), name, None)) is float:
+            value = float(value)  # from Python, not from a command line
         flag = f"--{name.replace('_', '-')} is {value}"
         if name in SHARES and not 0 <= value <= 1:
             raise ValueError(f"{flag}: give 0 to 1.")
@@ -102,7 +104,7 @@ def check_args(args) -> None:
     try:
         check_writable(folder / "checkpoint.pt")
     except OSError as e:
-        raise OSError(f"{folder} cannot be written ({e.strerror}): give another --out.") from e
+        raise OSError(f"{folder} cannot be written ({e.strerror or e}): give another --out.") from e
 
 
 def check_memory(args, spec: envs.Spec, device: torch.device) -> None:

@@ -26,6 +26,7 @@ import envs
 from datasets import replacing, write_atomic
 from datasets.errors import Interrupted
 from experiment.folder import own, read_checkpoint, read_metrics, require, same_kind, take
+from experiment.setup import commit
 from experiment.stopping import deferring
 
 LOG_EVERY = 100  # updates between two rows of metrics.csv, and between two looks at the GPU
@@ -55,6 +56,7 @@ class Run:
     ):  # fmt: skip
         self.args, self.asked, self.spec, self.metadata = args, asked, spec, metadata
         self.device, self.method, self.started = device, method, started
+        self.commit = commit()  # now, not at the end, when the files may be others
         source = args.quality
         if args.dataset:  # many public files have the same name
             source = f"{args.dataset.resolve().stem}-{metadata['sha256'][:6]}"
@@ -101,11 +103,14 @@ class Run:
         try:
             final = json.loads(file.read_text())
             theirs, method, data = final["args"], final["method"], final["dataset"]["sha256"]
+            backend = final["backend"]
             differ = [f"--{k.replace('_', '-')} {theirs.get(k)}" for k in self._differing(theirs)]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return  # no finished run
         if data != self.metadata["sha256"]:
             differ = ["other data"]
+        if backend != self.spec.backend:
+            differ = [f"backend {backend}"]
         if method != self.method:
             differ = [f"method {method}"]
         if differ:
@@ -233,7 +238,8 @@ class Run:
 
     def _write(self, phase: str, update: int, metrics: dict[str, float]) -> None:
         with self._csv.open("a") as f:
-            f.writelines(f"{phase},{update},{k},{v:.6g}\n" for k, v in metrics.items())
+            named = ((k.replace(",", ";"), v) for k, v in metrics.items())
+            f.writelines(f"{phase},{update},{k},{v:.6g}\n" for k, v in named)
         for k, v in metrics.items():
             self._tensorboard.add_scalar(f"{phase}/{k}", v, update)
         if self._wandb:
@@ -297,6 +303,11 @@ class Run:
         if state["device"] != self.device.type:  # its random numbers differ: it is another run
             raise ValueError(
                 f"{path} was trained with --device {state['device']}: give that, or another --out."
+            )
+        if state["backend"] != self.spec.backend:  # its evaluations are of another simulator
+            raise ValueError(
+                f"{path} was evaluated in {state['backend']}, not in {self.spec.backend}: go on "
+                "with that simulator, or give another --out."
             )
         if state["method"] != self.method:
             raise ValueError(

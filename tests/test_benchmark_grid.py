@@ -94,6 +94,23 @@ def test_a_grid_skips_what_is_finished(tmp_path, trainings):
     assert len(trainings) == 1 and "--resume" not in trainings[0]
 
 
+def test_a_row_of_another_commit_is_not_replaced_by_an_old_run(tmp_path, trainings):
+    run_grid(tmp_path, seeds=(1,))
+    file = tmp_path / "runs.csv"
+    file.write_text(file.read_text().replace(",abc,", ",newer,"))
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="is of commit abc, its row in .* of newer: delete the"):
+        run_grid(tmp_path, seeds=(1,))
+    assert file.read_bytes() == before
+
+
+def test_results_that_cannot_be_written_are_refused_first(tmp_path, trainings):
+    (tmp_path / "runs.csv").mkdir()
+    with pytest.raises((OSError, ValueError)):
+        run_grid(tmp_path)
+    assert trainings == []
+
+
 def test_a_failed_run_is_named_and_resumed_later(tmp_path, trainings):
     for resumed in (False, True):
         with pytest.raises(ValueError, match="2 runs failed.*seed13: train.py: no luck .see"):
@@ -185,6 +202,14 @@ def test_variants_are_an_axis_with_folders_of_its_own(tmp_path):
         grid.plan(*given, "--seed 2")
     with pytest.raises(ValueError, match="--env-ids: 'nothere' is none of 3s_vs_5z"):
         grid.plan(["nothere"], *given[1:])
+
+
+def test_flags_of_imagination_are_train_pys():
+    flags = set(tables.IMAGINATION)
+    for name in ("--wm-updates", "--epsilon", "--cap", "--observe", "--imagined-rows"):
+        assert name in flags
+    known = {f"--{k.replace('_', '-')}" for k in vars(train.Args())}
+    assert {x.replace("--no-", "--") for x in flags} <= known and "--gamma" not in flags
 
 
 def test_a_new_row_replaces_the_same_experiment(tmp_path):

@@ -155,6 +155,11 @@ def test_a_flag_says_where_imagined_rows_count(imagined_rows):
         assert loss.keywords["imagined_in"] == expected
 
 
+def bounds(data, spec, **flags):
+    args = train.Args(hidden=8, updates=8, **flags)
+    return train.make_learner(args, spec, data).critic_loss.keywords["bounds"]
+
+
 def test_targets_lie_within_the_returns_of_the_data():
     data, spec = make_data(True)
     row, later = 0, []
@@ -162,13 +167,14 @@ def test_targets_lie_within_the_returns_of_the_data():
         rewards = data.reward[row : row + length].tolist()
         later += [math.fsum(rewards[t:]) for t in range(length)]
         row += length + 1
-    learners = [
-        train.make_learner(train.Args(hidden=8, updates=8, clamp=x), spec, data)
-        for x in (True, False)
-    ]
-    found = [learner.critic_loss.keywords["bounds"] for learner in learners]
-    assert found[0] == pytest.approx((min(later), max(later)), abs=1e-4)
-    assert found[1] == (-math.inf, math.inf)
+    assert bounds(data, spec) == pytest.approx((min(later), max(later)), abs=1e-4)
+    assert bounds(data, spec, clamp=False) == (-math.inf, math.inf)
+    data.reward.fill_(1.0)
+    data.reward[data.left == 1] = -100.0  # the last step: no return is positive,
+    low, high = bounds(data, spec, gamma=0.5)  # but what is to come, discounted, is
+    most = int(data.lengths.max())
+    expected = sum(0.5**t for t in range(most - 1)) - 100 * 0.5 ** (most - 1)
+    assert low == -100 and high == pytest.approx(max(0.0, expected), abs=1e-4)
 
 
 # --------------------------------------------------------------------------------- torch.compile

@@ -334,6 +334,21 @@ def test_bad_vaults_are_refused(tmp_path):
         load(whole)
 
 
+def test_time_limits_of_a_vault_stay_ends(tmp_path):
+    """SMAC's are stored as ends, and there is no final observation to go on from."""
+    arrays = smac_steps()
+    arrays["terminals"][:, 8], arrays["truncations"][:] = 1, 0
+    arrays["rewards"][:] = 1.0
+    arrays["rewards"][:, 3] = 17.0  # the first episode is won: 20; the others are not
+    arrays["infos.legals"][..., 0] = 0
+    arrays["infos.legals"][..., 1] = 1
+    arrays["actions"][:] = 1
+    path = write_vault(tmp_path / "3s_vs_5z.vlt" / "Medium", arrays)
+    columns, lengths, metadata = datasets.read_episodes(path)
+    assert columns["won"].tolist() == [True, False, False]
+    assert columns["terminated"].sum() == 3 and metadata["final_observation"] == "repeated"
+
+
 def test_parallel_recordings_of_a_vault_are_all_read(tmp_path):
     one, two = smac_steps(0), smac_steps(1)
     both = {k: np.concatenate([one[k], two[k]]) for k in one}

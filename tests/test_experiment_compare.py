@@ -72,6 +72,16 @@ def test_a_run_is_named_by_its_folder_or_file(tmp_path):
     assert row[:2] == ["3m-x", "4"] and row[2].startswith("2.50")
 
 
+def test_other_tasks_are_other_settings_and_a_run_counts_once(tmp_path):
+    paths = [tmp_path / task / "logo-seed1" / "final.json" for task in ("a", "b")]
+    for path, score in zip(paths, (1.0, 5.0), strict=True):
+        save_final(path, score)
+        final = json.loads(path.read_text()) | {"env_id": path.parts[-3]}
+        path.write_text(json.dumps(final))
+    found = rows(report.compare([*paths, paths[0]]))
+    assert [row[1:3] for row in found] == [["1", "1.00"], ["1", "5.00"]]
+
+
 def test_missing_values_leave_empty_cells(tmp_path):
     paths = [
         save_final(tmp_path / "any-seed1.json", 1.0, state_mse=0.5, persistence_state_mse=1.0,

@@ -97,7 +97,8 @@ def end(data, tmp_path, monkeypatch):
         }  # fmt: skip
         run = SimpleNamespace(
             args=args, asked=args, method=method, folder=tmp_path, device=torch.device("cpu"),
-            imagined_rows=60, started=0.0, timed=lambda clock: contextlib.nullcontext(),
+            commit="abc", imagined_rows=60, started=0.0,
+            timed=lambda clock: contextlib.nullcontext(),
             spec=SimpleNamespace(backend="smax" if env else "offline", discrete=True),
             metadata=data_set | (metadata or {}), progress={"clone": 4, "wm": 10, "policy": 20},
             evaluations=[

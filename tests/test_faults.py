@@ -222,6 +222,8 @@ def test_damaged_metrics_are_told(toy, tmp_path, undrawn):
     whole = path.read_text()
     path.write_text(whole + "clone,4,b")  # a killed process ends so
     assert faults.command(*flags, "--resume")[0] == 0 and path.read_text() == whole
+    path.write_text(whole + "clone,4,td error (k@1; a%),0.1\n")  # a name of one's own
+    assert faults.command(*flags, "--resume")[0] == 0
     for row in ("clone,4,bc\n", "clone,x,bc,0.1\n", "nothing,4,bc,0.1\n", "clone,4,bc,\xff\n"):
         path.write_text(whole + row, encoding="latin-1")
         code, _ = faults.command(*flags, "--resume")
@@ -487,6 +489,21 @@ def test_what_a_learners_adam_remembers_must_fit(name):
     state[optimizer]["state"][0]["exp_avg"] = torch.zeros(3)
     with pytest.raises(ValueError, match="x does not fit this run"):
         take(Path("x"), {"learner": state}, {"learner": build(args, spec, data)})
+
+
+def test_a_learner_may_begin_with_nothing():
+    class Learner:
+        scale = None
+
+        def state_dict(self):
+            return {"scale": self.scale}
+
+        def load_state_dict(self, state):
+            self.scale = state["scale"]
+
+    fresh = Learner()
+    take(Path("x"), {"learner": {"scale": torch.ones(2)}}, {"learner": fresh})
+    assert fresh.scale.tolist() == [1, 1]
 
 
 def test_pipes_are_no_checkpoints(tmp_path):

@@ -190,6 +190,22 @@ def test_continuous_actions_of_another_task_are_told_the_flags(go, tmp_path, cap
     assert len(told) == 2 * len(usual)
 
 
+def test_whole_numbers_from_python_may_stand_for_shares():
+    args = dataclasses.replace(train.Args(), synthetic_fraction=0, epsilon=0, critic_first=1)
+    train.setup.check_args(args)
+    with pytest.raises(ValueError, match="--updates is 0: give 1 to"):
+        train.setup.check_args(dataclasses.replace(args, updates=0))
+
+
+def test_a_run_goes_on_in_its_own_simulator(go, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"backend": "offline"}, path)
+    with pytest.raises(SystemExit, match="was evaluated in offline, not in smax: go on with that"):
+        go("--resume")
+
+
 def test_checkpoints_are_due_by_their_cost(go, toy, monkeypatch):
     saved, save = [], tracking.Run.save
     monkeypatch.setattr(tracking.Run, "save", lambda run: (saved.append(1), save(run)))
