@@ -465,6 +465,15 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
         read(path, Result)
 
 
+def test_the_table_of_errors_has_room_for_every_quality():
+    one = read(tables.ERRORS, Error)[0]
+    rows = [dataclasses.replace(one, method="logo", tested_on=x) for x in "abc"]
+    rows.append(dataclasses.replace(rows[0], method="direct"))
+    lines = tables.errors_table([dataclasses.replace(r, trained_on="a") for r in rows]).splitlines()
+    assert {line.count("|") for line in lines} == {3 + 3 * 5 + 1}
+    assert lines[0].count("tested on") == 3
+
+
 def test_the_texts_hold_the_tables_of_the_committed_rows():
     made = tables.results_tables(read(tables.RUNS, Result))
     made["ceiling"] = tables.ceiling_table(tables.group(read(tables.CEILING, Result)))

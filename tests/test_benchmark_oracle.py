@@ -118,6 +118,16 @@ def test_a_recording_of_another_program_is_refused(smax):
         oracle.replay_smax(data, moved)
 
 
+def test_a_policy_without_a_last_round_is_skipped(monkeypatch, tmp_path):
+    """Of 17 episodes of two policies, 8 side by side, the second has none in the third round."""
+    monkeypatch.setattr(record, "slots", lambda policies, episodes: SLOTS)
+    data, metadata = load("3s_vs_5z", "mixed", 2 * SLOTS + 1, tmp_path)
+    import jax
+
+    found = jax.tree.leaves(oracle.replay_smax(data, metadata))
+    assert {len(x) for x in found} == {len(data.obs)}
+
+
 @pytest.fixture
 def measured_in_slots(monkeypatch):
     """What a run measures at its end, on SLOTS rows at a time: of any other number the simulator

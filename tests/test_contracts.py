@@ -128,7 +128,7 @@ def test_a_simulator_of_ones_own_plays_the_evaluations(tmp_path, undrawn):
     datasets.save_episodes(path, battles(), {"env_id": "toy"})
     args = train.parse([*TINY, "--dataset", str(path), "--out", str(tmp_path / "run")])
     final = train.main(args, simulator=Counting)
-    assert (final["backend"], final["method"]) == ("counting", "logo")
+    assert (final["backend"], final["method"]) == ("counting", "logo")  # and it is not closed
     actor = macql.Actor(torch.zeros(3, 5), torch.ones(3, 5), 6, 16)
     stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     actor.load_state_dict(stored["learner"]["ema_actor"])
