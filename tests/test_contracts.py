@@ -181,7 +181,7 @@ def test_targets_lie_within_the_returns_of_the_data():
 
 
 def trained(
-    discrete: bool, backend: str | None, updates: int = 20, device: str = "cpu"
+    discrete: bool, backend: str | None, updates: int = 8, device: str = "cpu"
 ) -> tuple[dict, list]:
     """State and metrics after training as in train.main, compiled or not."""
     torch.manual_seed(0)
