@@ -140,6 +140,20 @@ class OfflineDataset:
         )
         return self.gather(self.train[pick], steps, gamma)
 
+    def returns_to_go(self, gamma: float) -> torch.Tensor:
+        """(R,) discounted rewards from each row to its episode's end; 0 at final observations."""
+        result = torch.zeros_like(self.reward, dtype=torch.float64)
+        last, lengths = (self.left == 0).nonzero().squeeze(-1), self.lengths.to(result.device)
+        for k in range(1, self.longest + 1):  # back in time, all episodes at once
+            rows = last[lengths >= k] - k
+            result[rows] = self.reward[rows] + gamma * result[rows + 1]
+        return result.float()
+
+    def value_range(self, gamma: float) -> tuple[float, float]:
+        """The least and the largest of all returns-to-go, discounted and not."""
+        found = torch.cat([self.returns_to_go(x) for x in (1.0, gamma)])
+        return found.min().item(), found.max().item()
+
     def statistics(self) -> dict[str, torch.Tensor]:
         """Of o (N,O), s (S,), r () and terminated () in D.train: mean, std, min, max and zero, as
         obs_mean, ...; zero is the share of rows in which an entry is exactly 0.

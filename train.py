@@ -35,7 +35,6 @@ from buffer import OfflineDataset, SyntheticBuffer, mix, shuffle_uncertainty
 from datasets import load_dataset, one_sentence, task_of
 from envs import evaluate
 from experiment import report, setup
-from experiment.diagnostics import returns_to_go
 from experiment.stopping import saying_how_to_go_on
 from experiment.tracking import Run
 from logo_wm import LogoWM
@@ -223,8 +222,7 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         critic = Critic(*obs, *state, *sizes, args.critics).to(data.obs.device)
     bounds = (-math.inf, math.inf)
     if args.clamp:  # Deviation D4
-        returns = torch.cat([returns_to_go(data, gamma=x) for x in (1.0, args.gamma)])
-        bounds = (returns.min().item(), returns.max().item())
+        bounds = data.value_range(args.gamma)
     return MACQL(
         actor, critic, args.lr, decay_updates(args, args.updates), args.tau,
         0.0 if args.paper else 0.995,  # ema_decay: Deviation D13

@@ -41,7 +41,6 @@ import macql
 import train
 from baselines import run
 from experiment import setup
-from experiment.diagnostics import returns_to_go
 from macql import MACQL, Actor, draws_and_density
 
 # The search, as the code has it for robots; SIGMA: standard deviation in the first round
@@ -218,8 +217,7 @@ def make_learner(args: Args, spec, data) -> OMAR:
     actor = Actor(*obs, *sizes, args.shared_actor).to(data.obs.device)
     critic = LocalCritic(*obs, *sizes, args.critics).to(data.obs.device)
     if args.clamp:
-        returns = returns_to_go(data, gamma=1.0)
-        bounds = (returns.min().item(), returns.max().item())
+        bounds = data.value_range(args.gamma)
     return OMAR(
         MACQL(actor, critic, args.lr, args.updates, args.tau, policy_waits=setup.waiting(args)),
         partial(critic_loss, gamma=args.gamma, alpha=args.cql_alpha, bounds=bounds),

@@ -126,13 +126,13 @@ def keep(run: Run, where: str, results: Path, known: bool = False) -> str | None
     except (ValueError, KeyError, TypeError) as e:
         return f"{file} is not of a finished run ({e!r}): delete its folder"
     recorded = read(results, Result) if known and results.exists() else []
-    others = {old.commit for old in recorded if key_of(old) == key_of(row)}
-    if others - {row.commit}:
+    its_commit = {key_of(old): old.commit for old in recorded}.get(key_of(row))
+    if its_commit not in (None, row.commit):
         return (
-            f"{file} is of commit {row.commit}, its row in {results} of {', '.join(others)}: "
-            "delete the folder to train it anew, or give another --out or --results"
+            f"{file} is of commit {row.commit}, its row in {results} of {its_commit}: delete the "
+            "folder to train it anew, or give another --out or --results"
         )
-    if not others:
+    if its_commit is None:
         if values:
             record(results.with_name(DEPTH.name), *depths(values, row))
         record(results, row)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import envs
 from benchmark.markdown import table
-from benchmark.rows import VISITS, Bin, Point, read, record, write
+from benchmark.rows import VISITS, Bin, Point, read, write
 from buffer import OfflineDataset
 from experiment import setup
 from experiment.diagnostics import predict_held_out, standardiser
@@ -103,10 +103,10 @@ def coverage(runs: tuple[Path, ...], episodes: int = 64, results: Path = VISITS)
     data, metadata = load_data(args)
     if metadata["sha256"] != first["data"]:
         raise ValueError(f"{runs[0]} was trained on other data than {metadata['path']}.")
-    standardise, rows = standardiser(data), data.train
-    recorded = standardise("state", data.state[rows]).numpy()
+    standardise = standardiser(data)
+    recorded = standardise("state", data.state[data.train]).numpy()
     mean, components = axes(recorded)
-    of_data = (recorded - mean) @ components.T, data.reward[rows].numpy()
+    of_data = (recorded - mean) @ components.T, data.reward[data.train].numpy()
     seen = {("data", stored["args"]["seed"]): of_data for _, _, stored in known}
     env = envs.make(args["env_id"], min(episodes, 64), backend)
     try:
@@ -124,13 +124,11 @@ def coverage(runs: tuple[Path, ...], episodes: int = 64, results: Path = VISITS)
     low, high = everything.min(0), everything.max(0)
     quality = metadata.get("quality", Path(metadata["path"]).stem)
     cells = {(args["env_id"], quality, seed) for _, seed in seen}
-    if results.exists():  # rows of another call have squares of another plane
-        old = read(results, Bin)
-        kept = [row for row in old if (row.env_id, row.quality, row.seed) not in cells]
-        write(results, kept, Bin)
+    old = read(results, Bin) if results.exists() else []  # squares of another plane
+    rows = [row for row in old if (row.env_id, row.quality, row.seed) not in cells]
     for (method, seed), (plane, rewards) in seen.items():
-        about = method, args["env_id"], quality, seed
-        record(results, *bins(plane, rewards, low, high, about))
+        rows += bins(plane, rewards, low, high, (method, args["env_id"], quality, seed))
+    write(results, rows, Bin)
 
 
 def play(env, actor, episodes: int) -> tuple[np.ndarray, np.ndarray]:

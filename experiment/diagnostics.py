@@ -269,7 +269,7 @@ def offline_measures(
             known = data.sample(len(data.held_out), generator_for(data))
             for name, rows in (("held_out", batch), ("train", known)):
                 measures[f"td_{name}"] = bellman_error(learner, rows, gamma)
-    return measures | {"return_to_go": returns_to_go(data, gamma)[data.held_out].mean().item()}
+    return measures | {"return_to_go": data.returns_to_go(gamma)[data.held_out].mean().item()}
 
 
 def bellman_error(learner, batch, gamma: float) -> float:
@@ -283,14 +283,3 @@ def bellman_error(learner, batch, gamma: float) -> float:
     y = batch.reward + gamma**batch.steps * (1 - batch.terminated) * v_next
     q = learner.critic(batch.obs, batch.state, batch.actions)  # (K,B)
     return (q - y).square().mean().item()
-
-
-def returns_to_go(data: OfflineDataset, gamma: float) -> torch.Tensor:
-    """(R,) discounted reward from each row to the end of its episode; 0 at final observations."""
-    reward, lengths = data.reward.cpu().numpy(), data.lengths.cpu().numpy()
-    result, end = np.zeros(len(reward)), 0
-    for length in lengths:
-        end += length + 1  # an episode has one row more than it has transitions
-        for row in range(end - 2, end - 2 - length, -1):
-            result[row] = reward[row] + gamma * result[row + 1]
-    return torch.as_tensor(result, dtype=torch.float32, device=data.reward.device)

@@ -92,6 +92,12 @@ def test_recordings_with_different_seeds_share_no_episode(tmp_path, stub):
     assert not first & set(stub)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_beyond_the_generators_are_refused(tmp_path, stub, seed):
+    with pytest.raises(ValueError, match="--seed is .*: give 0 to 4,294,967,295"):
+        record.record("nowhere", "medium", 4, seed, tmp_path / "a.h5")
+
+
 def test_fewer_episodes_than_policies_are_refused(tmp_path, stub):
     with pytest.raises(ValueError, match="--episodes is 4, but medium-replay .* give 5 or more"):
         record.record("nowhere", "medium-replay", 4, 0, tmp_path / "a.h5")

@@ -513,6 +513,14 @@ def test_bad_minari_datasets_are_refused(tmp_path):
 # ------------------------------------------------------------------------------ one layout for all
 
 
+def test_a_file_without_a_task_is_not_converted(tmp_path):
+    arrays = smac_steps()
+    path = write_vault(tmp_path / "nameless.vlt" / "x", arrays)
+    with pytest.raises(ValueError, match="does not say its task: give --env-id"):
+        datasets.convert(path, tmp_path / "out.h5")
+    assert not (tmp_path / "out.h5").exists()
+
+
 def test_every_format_converts_to_our_layout(tmp_path):
     cheetah = [minari_episode(e, False, True) for e in rollouts("HalfCheetah-6x1")]
     sources = {

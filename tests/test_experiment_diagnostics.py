@@ -374,7 +374,7 @@ def test_a_learner_without_critic_has_no_values(data, critic):
 
 
 def test_returns_to_go_stop_at_the_end_of_an_episode(data):
-    found, row = diagnostics.returns_to_go(data, GAMMA), 0
+    found, row = data.returns_to_go(GAMMA), 0
     assert found.shape == data.reward.shape
     for length in LENGTHS:
         for t in range(length):

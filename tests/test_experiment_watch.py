@@ -221,3 +221,10 @@ def test_a_robot_in_a_film_moves_as_its_velocity_says(monkeypatch):
     shown = np.array(film)
     assert np.allclose(shown[:, 1:], positions[:, 1:], atol=1e-6) and np.ptp(places) > 0.2
     assert np.abs(shown[:, 0] - (np.array(places) - places[0])).max() < 0.05
+
+
+def test_a_checkpoint_from_before_a_flag_is_one_sentence(dataset):
+    data = train.load_dataset(dataset, torch.device("cpu"))[0]
+    with pytest.raises(ValueError, match="its world model is not a LogoWM: 'draw_zeros'"):
+        flags = vars(train.Args())
+        imagined.make_model({k: flags[k] for k in flags if k != "draw_zeros"}, data, {})

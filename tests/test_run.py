@@ -25,7 +25,7 @@ import datasets
 import envs
 import macql
 import train
-from experiment import setup, tracking
+from experiment import diagnostics, imagined, setup, tracking
 
 
 @pytest.fixture
@@ -163,7 +163,12 @@ def test_a_finished_run_with_other_flags_is_not_replaced(go, toy, tmp_path):
     with pytest.raises(SystemExit, match="holds a finished run with other data"):
         go(*toy)
     datasets.save_episodes(tmp_path / "toy.h5", battles(), {"env_id": "toy"})
-    assert (tmp_path / "run" / "final.json").read_bytes() == before
+    file = tmp_path / "run" / "final.json"
+    assert file.read_bytes() == before
+    file.write_bytes(before.replace(b'"backend": "offline"', b'"backend": "smax"'))
+    with pytest.raises(SystemExit, match="holds a finished run with backend smax"):
+        go(*toy)
+    file.write_bytes(before)
     go(*toy)  # the same run again replaces it
 
 
@@ -195,6 +200,27 @@ def test_whole_numbers_from_python_may_stand_for_shares():
     train.setup.check_args(args)
     with pytest.raises(ValueError, match="--updates is 0: give 1 to"):
         train.setup.check_args(dataclasses.replace(args, updates=0))
+
+
+def test_a_run_reports_the_commit_it_began_with(go, monkeypatch):
+    names = iter(["first", "last"])
+    monkeypatch.setattr(tracking, "commit", lambda: next(names))
+    assert go()["commit"] == "first" and next(names) == "last"
+
+
+def test_the_program_of_metrics_md_loads_policy_and_model(finished, monkeypatch):
+    folder, final = finished
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    code = re.search("```python\n(.*?)```", text, re.S)[1].replace("RUN/", f"{folder}/")
+    data = train.load_dataset(Path(final["dataset"]["path"]), torch.device("cpu"), "3s_vs_5z")[0]
+    batch = data.gather(data.held_out)
+    names = vars(macql) | vars(imagined) | vars(diagnostics)
+    names |= {"torch": torch, "DISCRETE": True, "obs": batch.obs, "avail": batch.avail}
+    exec(code, names)
+    assert len(names["u"]) == len(names["error"]) == len(batch.obs)
+    rho = diagnostics.rank_correlation(names["u"], names["error"])
+    assert rho == pytest.approx(final["world_model"]["u_error_spearman"], abs=1e-4)
+    assert (names["actor"].greedy(batch.obs, batch.avail).sum(-1) == 1).all()
 
 
 def test_a_run_goes_on_in_its_own_simulator(go, finished, tmp_path):
@@ -430,7 +456,7 @@ def test_a_dataset_of_other_sizes_is_refused(go, dataset, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused_first(go, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(SystemExit, match="train.py"):
+    with pytest.raises(SystemExit, match=r"train.py: .*file/run cannot be written \((?!None)"):
         go(out="file/run")
 
 
