@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from behaviour import Quality
-from benchmark.grid import METHODS, ORACLES, WORLD_MODELS
+from benchmark.grid import BASELINES, METHODS, ORACLES, WORLD_MODELS
 from benchmark.rows import (
     CEILING,
     DEPTH,
@@ -25,7 +25,7 @@ from benchmark.rows import (
     read,
 )  # fmt: skip
 from benchmark.states import draw_points, draw_visits
-from benchmark.tables import NAMES, Cell, Groups, Runs, group
+from benchmark.tables import NAMES, Cell, Groups, Runs, cells_of_baselines, group
 from datasets import write_atomic
 from experiment.report import mean_and_interval
 
@@ -36,7 +36,7 @@ def figures(
     results: Path = RUNS, ceiling: Path = CEILING, depth: Path = DEPTH, points: Path = POINTS,
     visits: Path = VISITS, folder: Path = ROOT / "results",
 ) -> None:  # fmt: skip
-    """Draw returns, what a perfect model is worth, predicted states, and where policies go.
+    """Draw returns of all methods, what a perfect model is worth, states predicted and visited.
 
     Args:
         results: file of finished runs, as `grid` writes it
@@ -44,9 +44,12 @@ def figures(
         depth: values along rollouts, by `ceiling`
         points: predicted next states, by `errors`
         visits: visited states, by `coverage`
-        folder: of the pictures comparison.png, ceiling.png, predicted.png and visited.png
+        folder: of comparison.png, field.png, ceiling.png, predicted.png and visited.png
     """
-    pictures = {"comparison.png": draw(group(read(results, Result)))}
+    runs = group(read(results, Result))
+    pictures = {"comparison.png": draw(runs)}
+    if field := draw_field(runs):
+        pictures["field.png"] = field
     if depth.exists():
         rows = read(depth, Depth)
         pictures["ceiling.png"] = draw_ceiling(group(read(ceiling, Result)), rows)
@@ -85,6 +88,36 @@ def draw(groups: Groups) -> bytes:
         ax.set_axis_off()
     legend(figure)
     figure.supylabel("return, 95 % interval over seeds")
+    return png(figure)
+
+
+def draw_field(groups: Groups) -> bytes | None:
+    """A PNG with one panel per cell in which baselines were run: a line per method, a dot per run.
+
+    None: there is no such cell.
+    """
+    from matplotlib.figure import Figure
+
+    cells = cells_of_baselines(groups)
+    if not cells:
+        return None
+    methods = [*METHODS, *BASELINES]
+    figure = Figure(figsize=(2.6 * len(cells) + 1.4, 3.9), layout="constrained")
+    axes = figure.subplots(1, len(cells), squeeze=False)[0]
+    for ax, (cell, by_method) in zip(axes, cells.items(), strict=True):
+        for y, method in enumerate(methods):
+            returns = [row.return_mean for row in by_method.get(method, {}).values()]
+            color = "C0" if method == "logo" else "C1" if method == "macql" else "grey"
+            ax.plot(returns, [y] * len(returns), "o", color=color, alpha=0.7, ms=5)
+        most = max(by_method.values(), key=len).values()
+        clones = [row.clone_return for row in most if row.clone_return is not None]
+        ax.plot(clones, [len(methods)] * len(clones), "o", color="black", alpha=0.7, ms=5)
+        names = [*(NAMES[method] for method in methods), "behaviour cloning"]
+        ax.set_yticks(range(len(names)), names if ax is axes[0] else [])
+        ax.grid(axis="y", lw=0.4)
+        ax.invert_yaxis()
+        ax.set_title(f"{cell.env_id}\n{cell.quality}, {cell.backend}", fontsize=9)
+    figure.supxlabel("return; a dot is a run of one seed", fontsize=9)
     return png(figure)
 
 

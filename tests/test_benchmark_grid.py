@@ -436,6 +436,12 @@ def test_tables_do_not_depend_on_the_order_of_rows():
     assert figures.draw(tables.group(shuffled)) == figures.draw(tables.group(ROWS))
 
 
+def test_the_picture_of_the_field_needs_another_method():
+    assert figures.draw_field(tables.group(ROWS)) is None
+    pictures = [figures.draw_field(tables.group([*ROWS, row("omar", 1, m)])) for m in (9.0, 9.0, 3)]
+    assert pictures[0][:4] == b"\x89PNG" and pictures[0] == pictures[1] != pictures[2]
+
+
 def test_marked_blocks_are_filled_and_nothing_else(tmp_path):
     text = "a\n<!-- table: x -->\nold\n<!-- /table -->\nb\n<!-- table: y -->\n<!-- /table -->\n"
     made = fill(text, {"x": "new", "y": "1\n2"})
@@ -494,5 +500,5 @@ def test_the_texts_hold_the_tables_of_the_committed_rows():
 def test_the_pictures_are_drawn_of_the_committed_rows(tmp_path):
     figures.figures(folder=tmp_path)
     drawn = {p.name for p in tmp_path.iterdir()}
-    assert drawn >= {"comparison.png", "ceiling.png"}
+    assert drawn >= {"comparison.png", "field.png", "ceiling.png"}
     assert all((ROOT / "results" / name).exists() for name in drawn)
