@@ -157,8 +157,8 @@ class Args:
 
     # Evaluation and bookkeeping
     eval_every: int | None = None
-    """policy updates between two evaluations, the last five of which make the final score; None: a
-    sixteenth of --updates [ours]"""
+    """policy updates between two of the last five evaluations, which make the final score; before
+    them every other one is left out; None: a sixteenth of --updates [ours]"""
     eval_episodes: int = 512
     """episodes per evaluation, played side by side [ours]"""
     out: Path | None = None
@@ -363,8 +363,7 @@ def main(
         if n_synthetic:
             metrics["effective_share"] = model_data.effective_share
         run.log(metrics)
-        due = (k + 1) % args.eval_every == 0 or k + 1 == args.updates
-        if env and due and k + 1 >= first:  # until then the policy waits
+        if env and k + 1 >= first and report.due(args, k + 1):  # until first the policy waits
             with run.timed("eval"):  # other episodes every time
                 seed = 10**6 * (args.seed + 1) + k
                 score = evaluate(env, learner.ema_actor.greedy, args.eval_episodes, seed, device)

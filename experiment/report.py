@@ -37,6 +37,13 @@ NUMBERS = {  # of final.json, without which no table can be made
 PACKAGES = ("torch", "numpy", "jaxmarl", "jax", "mujoco")  # that change a run's numbers
 
 
+def due(args, update: int) -> bool:
+    """Is an evaluation due? Half as often before the last ones, which make the final score."""
+    last = update > args.updates - FINAL_EVALUATIONS * args.eval_every
+    every = args.eval_every if last else 2 * args.eval_every
+    return update % every == 0 or update == args.updates
+
+
 def finish(run, data, env, learner, bc_actor, world_model) -> dict:
     """Measure a trained run, write run.png and final.json, print the closing table.
 

@@ -25,7 +25,7 @@ import datasets
 import envs
 import macql
 import train
-from experiment import diagnostics, imagined, setup, tracking
+from experiment import diagnostics, imagined, report, setup, tracking
 
 
 @pytest.fixture
@@ -330,6 +330,17 @@ def test_updates_and_evaluations_follow_the_size_of_the_data(rows, updates):
     assert settled.eval_every == math.ceil(updates / setup.EVALUATIONS)
     asked = setup.settle(train.Args(updates=7, eval_every=3), data)
     assert (asked.updates, asked.eval_every) == (7, 3)
+
+
+@pytest.mark.parametrize("updates, every", [(4000, 250), (1043, 66), (5000, 500), (6, 3)])
+def test_the_last_five_evaluations_are_close_together(updates, every):
+    args = train.Args(updates=updates, eval_every=every)
+    taken = [k for k in range(1, updates + 1) if report.due(args, k)]
+    dense = [k for k in range(1, updates + 1) if k % every == 0 or k == updates]
+    assert taken[-5:] == dense[-5:]
+    assert [k for k in taken if k not in dense[-6:]] == [
+        k for k in dense[:-6] if k % (2 * every) == 0
+    ]
 
 
 def test_every_deviation_has_a_literal_value():
