@@ -259,7 +259,7 @@ class Run:
             state = {name: getattr(self, name) for name in COUNTERS}
             state |= {"args": plain(self.asked), "backend": self.spec.backend}
             state |= {"data": self.metadata["sha256"], "device": self.device.type}
-            state |= {"method": self.method}
+            state |= {"method": self.method, "commit": self.commit}
             for name, part in self.parts.items():
                 is_generator = isinstance(part, torch.Generator)
                 state[name] = part.get_state() if is_generator else part.state_dict()
@@ -277,10 +277,12 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             state = read_checkpoint(path, self.device)
-            wanted = {"args", "backend", "data", "device", "method", *COUNTERS, *self.parts}
+            wanted = {"args", "backend", "commit", "data", "device", "method"}
+            wanted |= {*COUNTERS, *self.parts}
             if missing := wanted - state.keys():
                 raise ValueError(f"{path} holds no {', '.join(sorted(missing))}: delete it.")
             self._check_identity(path, state)
+            self._go_on_from(path, state["commit"])
             take(path, state, self.parts)
             require(isinstance(state["evaluations"], list), f"{path}: evaluations")
             for name in COUNTERS:
@@ -297,6 +299,14 @@ class Run:
         except ValueError as e:
             raise ValueError(f"--resume: {e}") from e
         self.started -= self.seconds["total"]  # the time of the run, not of this process
+
+    def _go_on_from(self, path: Path, theirs: str) -> None:
+        """Name every commit that had a part in the run; say so if this one is another."""
+        require(isinstance(theirs, str), f"{path}: commit")
+        if theirs.split(", then ")[-1] != self.commit:
+            print(f"{path} is of commit {theirs}, this is {self.commit}: the result may differ")
+            theirs += f", then {self.commit}"
+        self.commit = theirs
 
     def _check_identity(self, path: Path, state: dict) -> None:
         """Raise a ValueError unless the checkpoint is of a run with these flags and data."""

@@ -208,6 +208,15 @@ def test_a_run_reports_the_commit_it_began_with(go, monkeypatch):
     assert go()["commit"] == "first" and next(names) == "last"
 
 
+def test_a_run_under_several_commits_names_them(go, killed, monkeypatch, tmp_path, capsys):
+    for k, name in enumerate(["first", "first", "last", "last"]):
+        monkeypatch.setattr(tracking, "commit", lambda name=name: name)
+        if k < 3:
+            killed(lambda: go("--resume"), 2)
+    assert go("--resume")["commit"] == "first, then last"
+    assert capsys.readouterr().out.count("of commit first, this is last: the result may") == 1
+
+
 def test_the_program_of_metrics_md_loads_policy_and_model(finished, monkeypatch):
     folder, final = finished
     text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
