@@ -102,6 +102,7 @@ def draw_field(groups: Groups) -> bytes | None:
     if not cells:
         return None
     methods = [*METHODS, *BASELINES]
+    names = [*(NAMES[method] for method in methods), "behaviour cloning"]
     figure = Figure(figsize=(2.6 * len(cells) + 1.4, 3.9), layout="constrained")
     axes = figure.subplots(1, len(cells), squeeze=False)[0]
     for ax, (cell, by_method) in zip(axes, cells.items(), strict=True):
@@ -112,7 +113,6 @@ def draw_field(groups: Groups) -> bytes | None:
         most = max(by_method.values(), key=len).values()
         clones = [row.clone_return for row in most if row.clone_return is not None]
         ax.plot(clones, [len(methods)] * len(clones), "o", color="black", alpha=0.7, ms=5)
-        names = [*(NAMES[method] for method in methods), "behaviour cloning"]
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [])
         ax.grid(axis="y", lw=0.4)
         ax.invert_yaxis()

@@ -29,7 +29,7 @@ from macql import Actor, Critic
 from simulators import starcraft
 
 PASSES, FEWEST_UPDATES, MOST_UPDATES = 12, 1_000, 4_000  # of --updates, where it is not given
-EVALUATIONS = 16  # during training, where --eval-every is not given
+EVALUATIONS = 16  # --eval-every is this part of the updates, where it is not given
 STARCRAFT_GAMES = 4  # processes of StarCraft II side by side, each with a gigabyte of memory
 SHARES = ("synthetic_fraction", "gamma", "tau", "critic_first")
 MAY_BE_ZERO = ("seed", "threads")
