@@ -296,9 +296,9 @@ class SyntheticBuffer:
 def shuffle_uncertainty(
     rollout: dict[str, torch.Tensor], generator: torch.Generator
 ) -> torch.Tensor:  # fmt: skip
-    """u (H,M) in which each step of a rollout has the u of another one's same step (a placebo).
+    """u (H,M), at each step permuted among the rollouts that have not ended: a placebo for Eq. (7).
 
-    It is permuted among the steps that count, because the others' are of no state that occurs.
+    Steps after a rollout's end keep apart: their u is of states that no longer count.
     """
     u, valid = rollout["uncertainty"], rollout["valid"]
     noise = torch.rand(u.shape, generator=generator, device=u.device)

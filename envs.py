@@ -175,10 +175,11 @@ class _Smax(NamedTuple):
 
 @contextlib.contextmanager
 def _without_the_rest_of_jaxmarl():
-    """Packages in JaxMARL's place whose import runs nothing, so that SMAX alone is imported.
+    """Within this block, SMAX is imported without running the `__init__` of jaxmarl and of
+    jaxmarl.environments: empty modules with the same search path stand in for them.
 
-    JaxMARL itself would import all of its environments, which takes six times as long, and print
-    which of them lack something. Afterwards `import jaxmarl` is the usual one again.
+    Theirs would import all environments, which takes six times as long, and print which of them
+    lack something. Afterwards `import jaxmarl` is the usual one again.
     """
     found = importlib.util.find_spec("jaxmarl")
     if found is None:
@@ -358,7 +359,9 @@ class SmaxEnv:
 # --------------------------------------------------------------------------------------------------
 
 
-def evaluate(env, act: Callable, episodes: int, seed: int, device: str = "cpu") -> dict:
+def evaluate(
+    env, act: Callable, episodes: int, seed: int, device: torch.device | str = "cpu"
+) -> dict:
     """Play whole episodes and report their undiscounted returns.
 
     Args:

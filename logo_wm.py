@@ -28,7 +28,8 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
   D4  Imagined observations, states and rewards are clamped to the range of the data.
   D11 Entries that are exactly 0 in a part of the data (units out of sight, or dead) have a
       probability of being 0. A mean would be something that never occurs: a unit half in sight.
-      Rollouts take the likelier, or draw (--draw-zeros): most deaths are less likely than not.
+      In a rollout an entry becomes 0 only where that is the likelier outcome, so that fewer units
+      die than in the data; --draw-zeros draws it.
   D22 In a rollout agents observe E_d's o', which fits the deduced state; the paper: o_hat.
 Readings, where the paper leaves a choice: Eq. (4) feeds E_p with (o_t, a_t, s_t), as Eq. (2) does,
 though it prints o_{t+1}, which is what is to be predicted; the Gaussians have variance 1, and their
@@ -41,6 +42,8 @@ Sizes: B batch, N agents, O observation, S state, A action (one-hot if discrete)
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -61,16 +64,15 @@ class AgentLinear(nn.Module):
         return torch.baddbmm(self.bias, x.transpose(0, 1), self.weight).transpose(0, 1)
 
 
-def agent_mlp(agents: int, *sizes: int) -> nn.Sequential:
-    """Per-agent multi-layer perceptron, ReLU between the layers."""
-    layers = [AgentLinear(agents, i, j) for i, j in zip(sizes, sizes[1:], strict=False)]
-    return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU(inplace=True))][:-1])
-
-
-def mlp(*sizes: int) -> nn.Sequential:
+def mlp(*sizes: int, layer: Callable = nn.Linear) -> nn.Sequential:
     """Multi-layer perceptron, ReLU between the layers."""
-    layers = [nn.Linear(i, j) for i, j in zip(sizes, sizes[1:], strict=False)]
-    return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU(inplace=True))][:-1])
+    layers = [m for i, j in pairwise(sizes) for m in (layer(i, j), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
+
+
+def agent_mlp(agents: int, *sizes: int) -> nn.Sequential:
+    """The same, one per agent."""
+    return mlp(*sizes, layer=partial(AgentLinear, agents))
 
 
 def gaussian_nll(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -137,14 +139,14 @@ class LogoWM(nn.Module):
         self.enc_ps = mlp(s + n * o + n * a, h, h, s + 1)  # E_ps -> (s_hat - s, r_hat)
         self.avail_head = agent_mlp(n, o, h // 2, a) if discrete else None  # Deviation D3
         self.end_head = mlp(s, h // 2, 2)  # Deviation D3: is s' the end, and its reward if it is
-        self.register_statistics({"obs": (n, o), "state": (s,), "reward": ()}, statistics)
+        self.register_statistics(n, o, s, statistics)
 
-    # ---------------------------------------------------------------------------- the sub-networks
+    # ------------------------------------------------------------------------------ units and zeros
 
-    def register_statistics(self, sizes: dict[str, tuple], statistics: dict | None) -> None:
-        """Keep the data's statistics, of columns of these sizes, as buffers: obs_mean, ..."""
+    def register_statistics(self, n: int, o: int, s: int, statistics: dict | None) -> None:
+        """Keep the data's statistics as buffers: obs_mean (N,O), state_std (S,), reward_min, ..."""
         default = {"mean": 0.0, "std": 1.0, "min": -torch.inf, "max": torch.inf}
-        for name, shape in sizes.items():
+        for name, shape in {"obs": (n, o), "state": (s,), "reward": ()}.items():
             for moment, value in default.items():
                 key = f"{name}_{moment}"
                 tensor = statistics[key].clone() if statistics else torch.full(shape, value)
@@ -186,8 +188,11 @@ class LogoWM(nn.Module):
         return p * x.value + (1 - p) * self.standardise(name, torch.zeros_like(x.value))
 
     def decide(self, name: str, x: Prediction, draw: torch.Tensor | None = None) -> torch.Tensor:
-        """What imagined rows are made of, in raw units: the likelier of 0 and the mean; or, with
-        uniform numbers `draw` in [0,1), 0 where they are below its probability.
+        """What imagined rows hold, in raw units: for each entry 0 or its mean, what is likelier.
+
+        Args:
+            draw: uniform numbers in [0,1), one for all entries of a row (B,1): an entry is then 0
+                where its probability of being 0 is above the number.
         """
         value = self.restore(name, x.value)
         if x.logit is None:
@@ -196,10 +201,11 @@ class LogoWM(nn.Module):
         return torch.where(nonzero, value, 0.0)
 
     def draw(self, state: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
-        """Deviation D11: numbers (B,1) by which `decide` makes entries of s' 0; None: not drawn.
+        """Deviation D11: the random numbers (B,1) that `decide` compares with each entry's
+        probability of being 0; None without draw_zeros.
 
-        One for all entries of a row, as a unit dies with all of its entries. Each unit then dies
-        as often as it should, but too often together with others.
+        One number a row, so that a unit dies with all of its entries; the price is that several
+        units of a row die together more often than they should.
         """
         if not self.draw_zeros:
             return None
@@ -215,6 +221,8 @@ class LogoWM(nn.Module):
         logit = x.logit.masked_fill(~sometimes, 0.0)  # whose loss must stay finite
         loss = F.binary_cross_entropy_with_logits(logit, nonzero, reduction="none")
         return (loss * sometimes + nonzero * error).sum(-1)
+
+    # ---------------------------------------------------------------------------- the sub-networks
 
     def predict(self, o: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> Prediction:
         """E_p: the next observations (B,N,O); o and s standardised."""
@@ -286,8 +294,9 @@ class LogoWM(nn.Module):
 
         loss_ps = gaussian_nll(s_and_r, self.predict_directly(o, a, s)).mean()  # Eq. (6)
 
-        # Deviation D3. The heads read what a rollout consists of, and do not change it. With
-        # draw_zeros they read the data's zeros: for `decide`, 0 draws a zero and 1 does not.
+        # Deviation D3. The heads learn from what a rollout would show after this step; no gradient
+        # flows back through it. With draw_zeros the zeros of s' are the recorded ones: given to
+        # `decide` as `draw`, 0 makes a zero and 1 does not.
         with torch.no_grad():
             draw = (batch.next_state != 0).to(s) if self.draw_zeros else None  # Deviation D11
             s_seen = self.standardise("state", self.decide("state", deduced[0], draw))

@@ -46,6 +46,7 @@ Sizes: B batch, N agents, O observation, S state, A action, K critics, P stacked
 import copy
 import math
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -67,8 +68,8 @@ class StackedLinear(nn.Module):
 
 def stacked_mlp(stack: int, *sizes: int) -> nn.Sequential:
     """P multi-layer perceptrons side by side, ReLU between the layers."""
-    layers = [StackedLinear(stack, i, j) for i, j in zip(sizes, sizes[1:], strict=False)]
-    return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU(inplace=True))][:-1])
+    pairs = [(StackedLinear(stack, i, j), nn.ReLU(inplace=True)) for i, j in pairwise(sizes)]
+    return nn.Sequential(*[m for pair in pairs for m in pair][:-1])
 
 
 class Standardise(nn.Module):
@@ -203,11 +204,12 @@ def action_noise(shape: tuple, generator: torch.Generator, samples: int = 10) ->
 def data_and_all_values(critic: Critic, batch, actor: Actor, noise: torch.Tensor | None = None):
     """Q_k(s, a) of the data's action, and log sum_a exp Q_k(s, a) over all available ones: (K,B).
 
-    Discrete: exact, because exp of a sum of utilities factorises over the agents. Continuous: from
-    the `noise` of `action_noise`: a third uniform, a third around pi(s), a third around pi(s'),
-    each weighted with the density of this mixture; the integral is over the box [-1,1] alone, so
-    that draws outside of it count as zero [after Kumar et al., 2020, CQL(H), who weigh each third
-    with its own density: where draws are clipped to the box, that has no finite expectation].
+    Discrete: exact, because the exponential of a sum of utilities is a product over the agents.
+    Continuous: an importance-sampling estimate of the integral over the box [-1,1]. A third of the
+    actions is uniform, a third around pi(s), a third around pi(s') (`action_noise`); each counts
+    with 1 / the density of this mixture, and with 0 outside of the box. [CQL(H), Kumar et al.,
+    2020, divides by the density of the action's own third; that has no finite expectation where
+    actions are clipped to the box.]
     """
     if critic.discrete:
         q = critic.utilities(batch.obs, batch.state)  # (K,B,N,A), for both values

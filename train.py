@@ -123,7 +123,7 @@ class Args:
     0.5 with "instead" and 1 with "added"]"""
     imagined_rows: Literal["added", "instead", "printed"] = "added"
     """D8, D27: beside B real rows, in the Bellman error alone; instead of some; or instead of some
-    and where Eq. (10), (12) print them; paper: printed [Algorithm 1]"""
+    and in the terms that print them; paper: printed [Algorithm 1]"""
     lr: float = 1e-3
     """Adam's step size of policies, critic and clone [Table 8]"""
     hidden: int = 256
@@ -157,8 +157,8 @@ class Args:
 
     # Evaluation and bookkeeping
     eval_every: int | None = None
-    """policy updates between two of the last five evaluations, which make the final score; before
-    them every other one is left out; None: a sixteenth of --updates [ours]"""
+    """policy updates between two of the last five evaluations, which make the final score; those
+    before are twice as far apart; None: a sixteenth of --updates [ours]"""
     eval_episodes: int = 512
     """episodes per evaluation, played side by side [ours]"""
     out: Path | None = None
@@ -234,8 +234,8 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
 
 
 def compile_parts(device: torch.device, *parts) -> None:
-    """The same code, on a GPU with fewer kernel launches; but a step has no CUDA graph, as its
-    output is its next input.
+    """Replace what each part names in `compilable` by compiled functions, on a GPU as CUDA graphs;
+    all but `step`: a rollout gives its output back as input, which such a graph does not allow.
     """
     for part in parts:
         for name in part.compilable:

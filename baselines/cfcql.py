@@ -76,11 +76,11 @@ def values_of_all(
             of_all = q.masked_fill(batch.avail == 0, -torch.inf).logsumexp(-1)
         q_data = taken.sum(-1)  # (K,B)
         return q_data, q_data.unsqueeze(-1) - taken + of_all
-    b, n, a = batch.actions.shape
+    b, n = batch.actions.shape[:2]
     if conservative == "expectation":
         with torch.no_grad():
-            draws, log_density = actor(batch.obs, None).unsqueeze(0), torch.zeros(1, b, n)
-        log_density = log_density.to(draws)
+            draws = actor(batch.obs, None).unsqueeze(0)
+        log_density = draws.new_zeros(1, b, n)
     else:
         draws, log_density = draws_and_density(batch, actor, noise, (-1,))
     m, one = len(draws), torch.eye(n, device=draws.device).view(1, n, 1, n, 1)

@@ -29,6 +29,7 @@ Sizes: B batch, N agents, O observation, S state, A action, M members, D = S + N
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -69,7 +70,7 @@ class Members(nn.Module):
         super().__init__()
         self.values, self.looped = values, looped
         sizes = [inputs, *[hidden] * 4, 2 * values + others]
-        shapes = list(zip(sizes, sizes[1:], strict=False))
+        shapes = list(pairwise(sizes))
         self.weights = nn.ParameterList(
             nn.init.trunc_normal_(torch.empty(members, i, j), std=0.5 * i**-0.5) for i, j in shapes
         )

@@ -52,8 +52,7 @@ class JointRows(nn.Module):
         self.size = self.num_values + zeros * (s + n * o)
         self.avail_head = agent_mlp(n, o, hidden // 2, a) if spec.discrete else None
         self.end_head = mlp(s, hidden // 2, 2)  # is s' the end, and its reward if it is
-        sizes = {"obs": (n, o), "state": (s,), "reward": ()}
-        self.register_statistics(sizes, data.statistics())
+        self.register_statistics(n, o, s, data.statistics())
 
     def inputs(self, obs, state, actions) -> torch.Tensor:
         """(B,S+NO+NA) from raw o, s and a."""

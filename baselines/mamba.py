@@ -69,8 +69,12 @@ class Args(train.Args):
 def window_starts(data, length: int) -> torch.Tensor:
     """For each training row, the first row of the window to draw for it: (len(data.train),).
 
-    The last rows of an episode have its last window, so that its end is drawn as often as a row in
-    its middle; rows of an episode that is too short have an earlier one's. ValueError: all are.
+    A row with fewer than `length` steps ahead has the last window of its episode, so that an
+    episode's end is drawn as often as its middle. A row of an episode shorter than that has the
+    last window before it, or the first of all.
+
+    Raises:
+        ValueError: every training episode is shorter than `length`.
     """
     first = windows(data.train, length)
     if len(first) == 0:

@@ -43,6 +43,7 @@ Sizes: W windows, K steps, B batch, N agents, O observation, S state, A action, 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -80,8 +81,7 @@ class Args(train.Args):
 
 def normed(*sizes: int) -> nn.Sequential:
     """Linear layers, each followed by ReLU and layer normalisation."""
-    layers = zip(sizes, sizes[1:], strict=False)
-    stack = [(nn.Linear(i, j), nn.ReLU(inplace=True), nn.LayerNorm(j)) for i, j in layers]
+    stack = [(nn.Linear(i, j), nn.ReLU(inplace=True), nn.LayerNorm(j)) for i, j in pairwise(sizes)]
     return nn.Sequential(*[m for layer in stack for m in layer])
 
 
@@ -149,7 +149,9 @@ class MAZero(nn.Module):
         return torch.stack(found)
 
     def consistency_loss(self, h, next_obs) -> torch.Tensor:
-        """-cosine (B,) of what h (B,N,H) predicts of next_obs' representation, and that."""
+        """Minus the cosine (B,) between what the predictor makes of h (B,N,H) and the projected
+        representation of next_obs, through which no gradient flows.
+        """
         with torch.no_grad():  # else all states could become alike
             target = self.projector(self.represent(next_obs).flatten(1))
         return -F.cosine_similarity(self.predictor(self.projector(h.flatten(1))), target)

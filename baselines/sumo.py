@@ -25,13 +25,12 @@ Sizes: B batch, N agents, S state, A action, M members, R reference rows, X = 2 
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
 
 import torch
 import torch.nn as nn
 
-import train
 from baselines import run
+from baselines.ensemble import Args as EnsembleArgs
 from baselines.ensemble import Ensemble
 from baselines.joint import JointRows, check
 
@@ -39,20 +38,9 @@ CHUNK = 500  # imagined steps whose distances are computed at a time, (CHUNK,R) 
 
 
 @dataclass
-class Args(train.Args):
+class Args(EnsembleArgs):
     """SUMO: an ensemble, and a penalty for imagined steps that are far from recorded ones."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "draw_zeros", "observe", "critic")
-
-    uncertainty: Literal["weight", "penalty", "none"] = "penalty"
-    """use of u: reward penalty of MOPO, sampling weight of LOGO's Eq. (7), or none [SUMO]"""
-    u_scale: float = 1.0
-    """1 / lambda of the penalty; with --uncertainty weight give 0 [as ensemble.py; SUMO's lambda is
-    unverified]"""
-    members: int = 7
-    """M, networks [OfflineRL-Kit]"""
-    wm_hidden: int = 200
-    """width of their four hidden layers [OfflineRL-Kit]"""
     reference_rows: int = 20_000
     """R, rows of the data that are searched, at most [ours; SUMO: all of them]"""
     neighbours: int = 1

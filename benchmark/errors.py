@@ -27,7 +27,12 @@ from buffer import OfflineDataset
 from datasets import load_dataset
 from envs import Spec
 from experiment import setup
-from experiment.diagnostics import predict_held_out, rank_correlation, squared_error, standardiser
+from experiment.diagnostics import (
+    predict_held_out,
+    rank_correlation,
+    squared_error,
+    uncertainty_and_error,
+)
 from macql import descend, linear_decay
 
 
@@ -62,8 +67,6 @@ def errors(
     known = {(key_of(row), row.command) for row in before}  # with other flags it is trained anew
     places = results.with_name(POINTS.name)
     drawn = {key_of(p) for p in (read(places, Point) if places.exists() else [])}
-    kinds = {"logo": train.Args}
-    kinds |= {m: importlib.import_module(f"baselines.{m}").Args for m in models if m != "logo"}
     sources = [["--env-id", x, "--quality", quality] for x in dict.fromkeys(env_ids)]
     for source in sources if dataset is None else [["--dataset", str(dataset)]]:
         given = [*source, *shlex.split(flags)]
@@ -85,10 +88,11 @@ def errors(
             has_points = dataset is not None or keys[1] in drawn
             if has_points and known.issuperset((k, shlex.join(command)) for k in keys):
                 continue
-            args = train.parse([*given, "--seed", str(seed)], kinds[model])
+            place = train if model == "logo" else importlib.import_module(f"baselines.{model}")
+            args = train.parse([*given, "--seed", str(seed)], place.Args)
             setup.check_args(args)
             started = time.time()
-            world_model = trained(model, args, data)
+            world_model = trained(place.make_world_model, model, args, data)
             about = {
                 "wm_updates": args.wm_updates, "total_s": time.time() - started,
                 "parameters": sum(p.numel() for p in world_model.parameters()),
@@ -101,14 +105,13 @@ def errors(
                     record(places, *points(world_model, data, test, key))
 
 
-def trained(model: str, args: train.Args, data: OfflineDataset) -> torch.nn.Module:
-    """A world model after Phase 1 of train.py."""
+def trained(make, model: str, args: train.Args, data: OfflineDataset) -> torch.nn.Module:
+    """The world model that `make` builds, after Phase 1 of train.py; model: its name."""
     sizes = (*data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1])  # N, O, S, A
     spec = Spec(args.env_id, "offline", *sizes, data.avail is not None, int(data.lengths.max()))
-    place = train if model == "logo" else importlib.import_module(f"baselines.{model}")
     torch.manual_seed(args.seed)
     rng = torch.Generator(data.obs.device).manual_seed(args.seed)
-    world_model = place.make_world_model(args, spec, data)
+    world_model = make(args, spec, data)
     optimizer = torch.optim.AdamW(
         world_model.parameters(), args.wm_lr, weight_decay=args.wm_weight_decay, fused=True
     )
@@ -124,10 +127,7 @@ def measures(model, data: OfflineDataset, test: OfflineDataset) -> dict[str, flo
     """The error columns of `rows.Error` on `test`'s held-out rows, in units of `data`."""
     out, batch = predict_held_out(model, test), test.gather(test.held_out)
     error = squared_error(data)
-    standardise = standardiser(data)
-    truth = standardise("state", batch.next_state)
-    true = (standardise("state", out["next_state"]) - truth).norm(dim=-1)
-    rho = rank_correlation(out["uncertainty"], true)
+    rho = rank_correlation(*uncertainty_and_error(model, test, data))
     return {
         "rows": len(batch.reward),
         "obs_mse": error("obs", out["next_obs"], batch.next_obs),

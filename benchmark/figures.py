@@ -47,7 +47,7 @@ def figures(
         folder: of comparison.png, field.png, ceiling.png, predicted.png and visited.png
     """
     runs = group(read(results, Result))
-    pictures = {"comparison.png": draw(runs)}
+    pictures = {"comparison.png": draw_comparison(runs)}
     if field := draw_field(runs):
         pictures["field.png"] = field
     if depth.exists():
@@ -62,7 +62,7 @@ def figures(
         print(f"wrote {folder / name}")
 
 
-def draw(groups: Groups) -> bytes:
+def draw_comparison(groups: Groups) -> bytes:
     """A PNG with one panel per task and simulator; equal rows give equal bytes.
 
     Raises:
@@ -219,17 +219,13 @@ def draw_depth(ax, depths: list[Depth]) -> None:
     for k, method in enumerate(("simulator", "model")):
         rows = sorted((d for d in depths if d.method == method), key=lambda d: (d.step, d.seed))
         steps = sorted({d.step for d in rows})
-        for name, style in (("monte_carlo", ":"), ("value_true", "-"), ("value_imagined", "--")):
+        for name, style, label in (
+            ("monte_carlo", ":", "what the policy gets"),
+            ("value_true", "-", "critics, true states"),
+            ("value_imagined", "--", "critics, LOGO's states"),
+        ):
             values = [[getattr(d, name) for d in rows if d.step == step] for step in steps]
-            means = [
-                sum(x) / len(x) if x and None not in x else float("nan")
-                for x in values
-            ]  # fmt: skip
-            label = {
-                "monte_carlo": "what the policy gets",
-                "value_true": "critics, true states",
-                "value_imagined": "critics, LOGO's states",
-            }[name]
+            means = [float("nan") if None in x else sum(x) / len(x) for x in values]
             ax.plot(steps, means, style, color=f"C{k}", label=f"{label} ({NAMES[method]})")
     ax.set_xlabel("step of the rollout")
     ax.set_ylabel("discounted value")

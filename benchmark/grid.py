@@ -117,8 +117,8 @@ def keep(run: Run, where: str, results: Path, known: bool = False) -> str | None
         device, _, gpu = final["device"].partition(" ")
         where += f", {gpu}" if device == "cuda" else ""
         row = result(final, run.method, run.variant, run.quality, where, command)
-        values, in_simulator = None, run.method in ORACLES and run.method != "windows"
-        if in_simulator:
+        values = None
+        if run.method in ORACLES and run.method != "windows":
             file = run.folder / "depth.json"  # which is written last
             values = json.loads(file.read_text())
     except FileNotFoundError:

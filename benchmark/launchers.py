@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-RUNNING: list[subprocess.Popen] = []  # the local runs' processes, to pass an interrupt on to them
 RAY_VERSION = "2.60.0"  # tested
 GPU_SHARE = 0.25  # of a GPU for each run on Ray: alone, such small networks leave most of it idle
 
@@ -87,13 +86,13 @@ def end(run: Run, why: str | None, where: str) -> End:
 
 def locally(runs: list[Run], jobs: int) -> Iterator[End]:
     """Train the runs on this machine, `jobs` at the same time, each in a process."""
-    where = processor()
+    where, running = processor(), []  # processes, to pass an interrupt on to them
 
     def train(run: Run) -> End:
         process = start(run.folder, run.program, run.flags)
-        RUNNING.append(process)
+        running.append(process)
         status = process.wait()
-        RUNNING.remove(process)
+        running.remove(process)
         return end(run, reason(run.folder, status), where)
 
     pool = ThreadPoolExecutor(jobs)
@@ -102,7 +101,7 @@ def locally(runs: list[Run], jobs: int) -> Iterator[End]:
             yield task.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in [*RUNNING]:
+        for process in [*running]:
             process.terminate()
         pool.shutdown()
 

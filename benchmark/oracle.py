@@ -22,7 +22,6 @@ import importlib
 import json
 import shlex
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +46,6 @@ PARTS = ("obs", "state", "reward", "end", "avail")
 # --------------------------------------------------------------------------------------------------
 
 
-def put(kept: np.ndarray, x: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
-    """kept[rows] = x[slots]"""
-    kept[rows] = x[slots]
-
-
 def replay_smax(data: OfflineDataset, metadata: dict):
     """SMAX's own state before every row of a recording: a JAX tree of arrays (R,...).
 
@@ -66,7 +60,7 @@ def replay_smax(data: OfflineDataset, metadata: dict):
     obs, actions = data.obs.cpu().numpy(), data.actions.cpu().numpy()
     first_rows = np.cumsum(lengths + 1) - lengths - 1  # (episodes,)
     states, first = None, 0
-    tree_map = importlib.import_module("jax").tree.map  # after envs has chosen JAX's device
+    tree = importlib.import_module("jax").tree  # after envs has chosen JAX's device
     for k, rounds in enumerate(record.starts(policies, count, int(metadata["seed"])).tolist()):
         last = first + count // policies + (k < count % policies)  # of this policy's episodes
         for seed in rounds:
@@ -85,9 +79,10 @@ def replay_smax(data: OfflineDataset, metadata: dict):
                     )
                 now_inside = env.snapshot()
                 if states is None:
-                    states = tree_map(lambda x: np.zeros((len(obs), *x.shape[1:]), x.dtype),
+                    states = tree.map(lambda x: np.zeros((len(obs), *x.shape[1:]), x.dtype),
                                       now_inside)  # fmt: skip
-                tree_map(partial(put, rows=rows, slots=running), states, now_inside)
+                for kept, x in zip(tree.leaves(states), tree.leaves(now_inside), strict=True):
+                    kept[rows] = x[running]
                 chosen = np.zeros((env.num_envs, *actions.shape[1:]), np.float32)
                 chosen[running] = actions[rows]
                 now = env.step(chosen)
@@ -269,10 +264,12 @@ def by_depth(
         value_imagined, spread_imagined: at those that LOGO imagines from the same starts.
     """
     generator = torch.Generator(data.obs.device).manual_seed(0)
-    policy = learner.ema_actor.greedy
     starts = data.sample(count, generator)
     true = Oracle(model, simulator, data, ())
-    acting = lambda obs, avail, generator: policy(obs, avail)  # noqa: E731
+
+    def acting(obs, avail, generator):
+        return learner.ema_actor.greedy(obs, avail)
+
     real = true.imagine(acting, starts, horizon + tail, generator)
     dream = model.imagine(acting, starts, horizon, generator)
     returns, later = [], torch.zeros_like(real["reward"][0])
@@ -286,7 +283,8 @@ def by_depth(
         for h in range(horizon):
             valid = rollout["valid"][h] > 0
             if not valid.any():  # LOGO may believe that all have ended
-                value.append(None), spread.append(None)
+                value.append(None)
+                spread.append(None)
                 continue
             x = (rollout["obs"][h], rollout["state"][h], rollout["actions"][h])
             q = learner.critic(*(part[valid] for part in x))  # (K,B)

@@ -33,7 +33,7 @@ T = TypeVar("T")
 class Result:
     """One finished run: a line of runs.csv. Returns are sums of rewards per episode."""
 
-    method: str  # of grid.METHODS or grid.BASELINES
+    method: str  # of grid.METHODS, grid.BASELINES or grid.ORACLES
     variant: str  # flags of train.py that differ from the method's defaults; "": none
     env_id: str
     backend: str  # simulator that evaluated; "offline": none, nothing was played

@@ -101,8 +101,9 @@ def group(rows: Iterable[Result]) -> Groups:
 
 
 def over(runs: Runs, value: str, digits: int = 2) -> str:
-    """Mean ± interval of a column of `Result` over the seeds that have one, with their number where
-    others have none; empty where none has."""
+    """Mean ± interval of a column of `Result` over the seeds that have a value; in brackets their
+    number, if others have none; empty if none has.
+    """
     found = [getattr(row, value) for row in runs.values()]
     found = [x for x in found if x is not None]
     return over_seeds(found, digits) + of_all(found, runs) if found else ""
@@ -414,11 +415,11 @@ def tables(
         visits: file of visited states, as `coverage` writes it
         write: replace the text between `<!-- table: NAME -->` and `<!-- /table -->` instead
     """
-    made = results_tables(read(results, Result))
+    rows, known = read(results, Result), read(errors, Error)
+    made = results_tables(rows)
     made["ceiling"] = ceiling_table(group(read(ceiling, Result)))
-    known = read(errors, Error)
     made["errors"] = errors_table(known)
-    made["horizons"] = horizons(group(read(results, Result)), known, NAMES)
+    made["horizons"] = horizons(group(rows), known, NAMES)
     made["speed"] = speed_tables(read(timings, Row))
     made["coverage"] = coverage_table(read(visits, Bin), NAMES)
     if write:

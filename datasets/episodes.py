@@ -45,7 +45,7 @@ def join_rounds(rounds: list[dict[str, np.ndarray]], limit: int) -> dict[str, np
     """Rounds of parallel episodes, time first -> the arrays of a file, episodes first.
 
     Args:
-        rounds: logs as `behaviour.mappo.play` returns them, each with its own T <= limit.
+        rounds: logs as `behaviour.policy.play` returns them, each with its own T <= limit.
         limit: episode limit to which all episodes are padded.
     """
     parts = []

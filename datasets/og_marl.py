@@ -39,8 +39,11 @@ from envs import PAPER_SMAC
 
 VAULT_KEYS = ("observations", "actions", "rewards", "terminals", "truncations", "infos.state")
 VAULT_MUJOCO = {
-    **{"3hopper": "Hopper-3x1", "2ant": "Ant-2x4", "4ant": "Ant-4x2"},
-    **{"6halfcheetah": "HalfCheetah-6x1", "2halfcheetah": "HalfCheetah-2x3"},
+    "3hopper": "Hopper-3x1",
+    "2ant": "Ant-2x4",
+    "4ant": "Ant-4x2",
+    "6halfcheetah": "HalfCheetah-6x1",
+    "2halfcheetah": "HalfCheetah-2x3",
 }
 
 
@@ -135,7 +138,7 @@ def read_vault(path: Path, env_id: str | None) -> tuple[dict, np.ndarray, dict]:
     def flags(key):
         return finite(path, key, 0, rows(key, 0, total)).reshape(total, -1) != 0
 
-    last = [k for k in range(time - 1, total, time)]  # of each recording
+    last = range(time - 1, total, time)  # of each recording
     if any(not any(rows(k, a, a + 1).any() for k in ("observations", "infos.state")) for a in last):
         raise ValueError(f"{path}: its index counts {time} rows, of which the last are empty.")
     over = flags("terminals")

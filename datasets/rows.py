@@ -18,9 +18,9 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-SHRUNK = 200  # the most that recorded episodes are believed to shrink
-MUCH = 2**26  # bytes, below which nobody minds
-LARGEST = 1e18  # whose square float32 still holds
+MAX_COMPRESSION = 200  # bytes of an array that a file may claim for each byte that it stores
+UNCHECKED = 2**26  # bytes up to which an array may claim any compression
+LARGEST = 1e18  # that is accepted; float32 still holds its square
 BLOCK = 8 * 2**20  # bytes read at a time, the memory a reader needs beyond its result
 Rows = Callable[[str, int, int], np.ndarray]  # (key, a, b) -> stored rows a to b of this key
 
@@ -58,7 +58,7 @@ def numbers(path: Path, key: str, array) -> None:
         if array.chunks:
             wanted = math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True))
             whole = array.id.get_num_chunks() == wanted
-            whole &= array.nbytes <= max(SHRUNK * stored, MUCH)
+            whole &= array.nbytes <= max(MAX_COMPRESSION * stored, UNCHECKED)
         if not whole:
             raise ValueError(
                 f"{path}: key {key} was not written completely: {stored:,} bytes are stored of an "
@@ -72,7 +72,7 @@ def check_room(path: Path, columns: dict[str, tuple]) -> None:
     """
     rows, need = max(columns.values())[0], 4 * sum(map(math.prod, columns.values()))
     stored = sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")))
-    if need > max(MUCH, SHRUNK * stored):
+    if need > max(UNCHECKED, MAX_COMPRESSION * stored):
         raise ValueError(f"{path}: {stored:,} bytes cannot hold the {rows:,} rows that it claims.")
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have:

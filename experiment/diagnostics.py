@@ -90,13 +90,16 @@ def predict_held_out(model, data: OfflineDataset) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def uncertainty_and_error(model, data: OfflineDataset) -> tuple[torch.Tensor, torch.Tensor]:
+def uncertainty_and_error(
+    model, data: OfflineDataset, units: OfflineDataset | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's uncertainty (B,) and the true error of s' (B,).
 
-    Both after one step from every held-out row. The error is the Euclidean length of the
-    difference between predicted and recorded next state, in standardised units.
+    Both after one step from every held-out row of `data`. The error is the Euclidean length of the
+    difference between predicted and recorded next state, standardised with the statistics of
+    `units`, or of `data` where that is None.
     """
-    out, standardise = predict_held_out(model, data), standardiser(data)
+    out, standardise = predict_held_out(model, data), standardiser(units or data)
     truth = standardise("state", data.gather(data.held_out).next_state)
     error = (standardise("state", out["next_state"]) - truth).norm(dim=-1)
     return out["uncertainty"], error
@@ -153,7 +156,9 @@ def deducibility(model: LogoWM, data: OfflineDataset) -> float:
 
 
 def windows(rows: torch.Tensor, horizon: int) -> torch.Tensor:
-    """Those of `rows` (sorted row numbers) that `horizon` - 1 more rows of their episode follow."""
+    """Those of the sorted row numbers `rows` whose next `horizon` - 1 rows are among them, too, and
+    so of the same episode.
+    """
     last = rows[horizon - 1 :]
     first = rows[: len(last)]
     return first[last - first == horizon - 1]
@@ -163,8 +168,8 @@ def windows(rows: torch.Tensor, horizon: int) -> torch.Tensor:
 def rollout_errors(model, data: OfflineDataset, horizon: int) -> dict[str, list[float]]:
     """Errors after 1..H imagined steps along the actions recorded in held-out episodes.
 
-    Every held-out row with H recorded steps ahead of it is a start. That the model
-    draws an end in between is ignored, but for that step's reward, which is then that of an end.
+    Every held-out row with H recorded steps ahead of it is a start. Ends that the model draws on
+    the way do not stop the comparison; only the reward of such a step is that of an end.
 
     Returns:
         state, reward: errors of the model; persistence: of the start's state. Lists of H floats,
@@ -184,12 +189,6 @@ def rollout_errors(model, data: OfflineDataset, horizon: int) -> dict[str, list[
     return errors
 
 
-def recorded_rewards(data: OfflineDataset, rows: torch.Tensor, horizon: int) -> torch.Tensor:
-    """Rewards of the recording in the `horizon` steps from training rows (B,), up to their ends."""
-    steps = torch.arange(horizon, device=rows.device).unsqueeze(-1)  # (H,1)
-    return data.reward[(rows + steps)[steps < data.left[rows]]]
-
-
 @torch.no_grad()
 def rollout_sanity(
     model, bc_actor: Actor, data: OfflineDataset, horizon: int, count: int = 2000
@@ -206,8 +205,10 @@ def rollout_sanity(
     """
     generator, statistics = generator_for(data), data.statistics()
     device = data.train.device
+    steps = torch.arange(horizon, device=device).unsqueeze(-1)  # (H,1)
     rows = data.train[torch.randint(len(data.train), (count,), generator=generator, device=device)]
     out = model.imagine(bc_actor.sample, data.gather(rows), horizon, generator)
+    recorded = data.reward[(rows + steps)[steps < data.left[rows]]]  # up to an episode's end
     valid = out["valid"].bool()  # (H,B)
     state = out["state"][1:][valid]
     in_range = (state >= statistics["state_min"]) & (state <= statistics["state_max"])
@@ -217,7 +218,7 @@ def rollout_sanity(
         forbidden = (taken[valid] == 0).float().mean().item()
     return {
         "imagined_reward_per_step": out["reward"][valid].mean().item(),
-        "real_reward_per_step": recorded_rewards(data, rows, horizon).mean().item(),
+        "real_reward_per_step": recorded.mean().item(),
         "finite": all(x.isfinite().all().item() for x in out.values() if x is not None),
         "states_in_range": in_range.float().mean().item(),
         "forbidden_actions": forbidden,

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and what is read back from it; nothing in it is believed unseen."""
+"""A run's folder: the lock that gives it to one process; what is read back from it, checked."""
 
 import os
 import re
@@ -105,8 +105,9 @@ def require(condition: bool, what: str) -> None:
 
 
 def same_kind(x, other) -> bool:
-    """Whether `x` could stand where `other` does: numbers, tensors of its shape, dicts and lists of
-    such; but what an optimiser or a learner remembers may not be in a fresh one's state yet.
+    """Whether `x`, from a checkpoint, is built like this run's `other`: the same keys, lengths, and
+    shapes and types of tensors; int and float are alike. Not compared: what an optimiser remembers,
+    which is empty before its first step, and whatever `other` has None for.
     """
     if isinstance(other, dict) and isinstance(x, dict):
         if other.keys() == {"state", "param_groups"}:
@@ -141,7 +142,8 @@ def read_metrics(path: Path, done: dict[str, int]) -> str:
     kept = [HEADER]
     for number, row in enumerate(rows):
         match = ROW.fullmatch(row)
-        if (row != HEADER) if number == 0 else (not match or match[1] not in done):
+        good = (match and match[1] in done) if number else row == HEADER
+        if not good:
             raise ValueError(
                 f"--resume: {path}, line {number + 1} is damaged: {row.strip()[:80]!r}. Delete the "
                 "file; the run then goes on without the metrics so far."

@@ -237,8 +237,7 @@ def read_final(path: Path) -> tuple[str, dict]:
         run = json.loads(file.read_text())
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} is not JSON: {e}.") from e
-    needed = ("backend", "dataset", "eval", "clone", "world_model")
-    if missing := [k for k in needed if not isinstance(run, dict) or k not in run]:
+    if missing := [k for k in ("backend", *NUMBERS) if not isinstance(run, dict) or k not in run]:
         raise ValueError(f"{file} is not the final.json of a run: no {', '.join(missing)} in it.")
     if wrong := [part for part, keys in NUMBERS.items() if not has_numbers(run[part], keys)]:
         raise ValueError(f"{file} is damaged: {wrong[0]} lacks a number, or holds something else.")

@@ -40,7 +40,7 @@ LARGEST = 1e30  # float32 holds it
 MOST = 2**32 - 1  # also what every generator of random numbers takes as a seed
 SIMULATED = 256  # numbers that a simulator keeps of an episode, at least
 SMALLEST = envs.Spec("", "", 1, 1, 1, 1, True, 1)  # a task, for what must be known before the data
-ROBOTS = 100  # MuJoCo simulators side by side
+MUJOCO_SIMULATORS = 100  # side by side, at most
 
 
 def check_args(args) -> None:
@@ -267,7 +267,7 @@ def our_simulator(args, metadata: dict):
     backend, why = best_backend(args, metadata)
     if backend == "offline":
         return None, why
-    most = {"smac": STARCRAFT_GAMES, "smacv2": STARCRAFT_GAMES, "mamujoco": ROBOTS}
+    most = {"smac": STARCRAFT_GAMES, "smacv2": STARCRAFT_GAMES, "mamujoco": MUJOCO_SIMULATORS}
     slots = min(args.eval_episodes, most.get(backend, math.inf))
     return envs.make(args.env_id, slots, backend), why
 

@@ -208,8 +208,9 @@ class Run:
             return {}
         which = [(i, name) for i, (names, _) in enumerate(self._history) for name in names]
         values = torch.cat([values for _, values in self._history]).cpu()
-        for wrong in values.isfinite().logical_not().nonzero()[:1]:
-            row, name = which[wrong]
+        wrong = values.isfinite().logical_not().nonzero()
+        if len(wrong):
+            row, name = which[wrong[0]]
             raise FloatingPointError(
                 f"{title}, update {done - len(self._history) + 1 + row}: {name} is not finite. "
                 f"Lower --lr or look at the data; {self.folder} keeps the last checkpoint before "

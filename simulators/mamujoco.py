@@ -82,7 +82,7 @@ def partition(env_id: str) -> Partition:
         ValueError: unknown robot, or gymnasium-robotics has no such partition of it.
         ImportError: gymnasium-robotics or MuJoCo is not installed.
     """
-    gymnasium, mamujoco = _import_mujoco()
+    _, mamujoco = _import_mujoco()
     robot, _, division = env_id.partition("-")
     if robot not in MUJOCO_ROBOTS:
         raise ValueError(f"Unknown env_id {env_id!r}: robots are {', '.join(MUJOCO_ROBOTS)}.")
