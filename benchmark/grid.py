@@ -24,6 +24,7 @@ from benchmark.launchers import End, Run, locally, on_ray, processor
 from benchmark.oracle import PARTS
 from benchmark.rows import CEILING, DEPTH, RUNS, Result, depths, key_of, read, record, result
 from datasets import check_writable
+from datasets.load import content_hash
 from experiment.setup import check_args
 from experiment.tracking import MAY_DIFFER, plain
 
@@ -88,6 +89,8 @@ def plan(
             raise ValueError(f"--env-ids: {env_id!r} is none of {', '.join(envs.known_ids())}.")
         check_args(dataclasses.replace(args, out=out))
         source = args.dataset.stem if args.dataset else quality
+        if args.dataset and source in get_args(Quality):  # its rows are none of our recording's
+            source = f"{source}-{content_hash(args.dataset)[:6]}"
         own = "".join(f"-{Path(x).name.strip('-')}" for x in shlex.split(also))  # e.g. -horizon-5
         folder = out / f"{env_id}-{source}-{method}{own}-seed{seed}"
         usual = train.parse([*given, *(["--paper"] if args.paper else [])], kind)

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
@@ -73,6 +74,9 @@ def reason(folder: Path, status: int) -> str | None:
     """What a run that has ended said last, if it failed."""
     if status == 0:
         return None
+    if status < 0:
+        name = signal.Signals(-status).name
+        return f"ended by {name}; SIGKILL by nobody means that the memory was full: lower --jobs"
     return (log_of(folder).read_text().splitlines()[-1:] or [f"exit status {status}"])[0]
 
 
@@ -88,9 +92,14 @@ def locally(runs: list[Run], jobs: int) -> Iterator[End]:
     """Train the runs on this machine, `jobs` at the same time, each in a process."""
     where, running = processor(), []  # processes, to pass an interrupt on to them
 
+    gate, closed = threading.Lock(), []
+
     def train(run: Run) -> End:
-        process = start(run.folder, run.program, run.flags)
-        running.append(process)
+        with gate:  # so that whoever ends the processes knows them all
+            if closed:
+                return end(run, "not started", where)
+            process = start(run.folder, run.program, run.flags)
+            running.append(process)
         status = process.wait()
         running.remove(process)
         return end(run, reason(run.folder, status), where)
@@ -101,6 +110,8 @@ def locally(runs: list[Run], jobs: int) -> Iterator[End]:
             yield task.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        with gate:
+            closed.append(True)
         for process in [*running]:
             process.terminate()
         pool.shutdown()

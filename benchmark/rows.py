@@ -5,8 +5,10 @@ An empty cell is a value that does not exist, e.g. a win rate of a robot.
 
 import csv
 import dataclasses
+import fcntl
 import io
 import math
+import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmark.launchers import ROOT, processor
-from datasets import write_atomic
+from datasets import make_folder, write_atomic
 
 RUNS = ROOT / "results" / "runs.csv"
 CEILING = ROOT / "results" / "ceiling.csv"
@@ -205,8 +207,14 @@ def record(path: Path, *new: Result | Depth | Error | Point | Bin) -> None:
         OSError: the file cannot be written; it is then as it was.
     """
     kind = type(new[0])
-    old, made = by_key(read(path, kind) if path.exists() else []), by_key(new)
-    write(path, [row for rows in (old | made).values() for row in rows], kind)
+    make_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # another grid may record at the same time
+        old, made = by_key(read(path, kind) if path.exists() else []), by_key(new)
+        write(path, [row for rows in (old | made).values() for row in rows], kind)
+    finally:
+        os.close(folder)
 
 
 def by_key(rows: Iterable[T]) -> dict[tuple, list[T]]:

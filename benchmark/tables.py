@@ -39,7 +39,13 @@ from experiment.report import mean_and_interval, over_seeds
 
 TEXTS = tuple(
     ROOT / name
-    for name in ("README.md", "results/README.md", "results/details.md", "docs/speed.md")
+    for name in (
+        "README.md",
+        "results/README.md",
+        "results/details.md",
+        "results/tables.md",
+        "docs/speed.md",
+    )
 )
 BOOTSTRAP_DRAWS = 10_000
 # Tasks on which defaults were chosen
@@ -336,14 +342,18 @@ def origin(groups: Groups) -> str:
     )  # fmt: skip
 
 
-def ceiling_table(groups: Groups) -> str:
-    """One line per cell and variant: the return by what D_m is filled with, seed by seed."""
-    methods = ("macql", *ORACLES)
+def ceiling_tables(groups: Groups) -> dict[str, str]:
+    """One line per cell and variant: the return by what D_m is filled with, seed by seed.
+
+    Returns:
+        `ceiling`: where the true simulator filled D_m in some run; `tuning`: the others.
+    """
+    columns = {"ceiling": ORACLES, "tuning": ("model",)}
     cells: dict[tuple[Cell, str], dict[str, Runs]] = {}
     for (cell, variant, method), runs in groups.items():
         name = "model" if method == "logo" else method
         cells.setdefault((cell, variant), {}).setdefault(name, {}).update(runs)
-    lines = []
+    lines = {"ceiling": [], "tuning": []}
     for (cell, variant), by_method in cells.items():
         seeds = sorted({seed for runs in by_method.values() for seed in runs})
         one = {k: r for runs in by_method.values() for k, r in runs.items()}  # a run of each seed
@@ -353,11 +363,12 @@ def ceiling_table(groups: Groups) -> str:
             known = ["-" if x is None else f"{x:.2f}" for x in values]
             return ", ".join(known) if runs else ""
 
-        scores = [each(by_method.get(m, {})) for m in methods]
+        kind = "tuning" if by_method.keys() <= {"macql", "model"} else "ceiling"
+        scores = [each(by_method.get(m, {})) for m in ("macql", *columns[kind])]
         numbers = ", ".join(map(str, seeds))
-        lines.append([*cell, code(variant), numbers, each(one, "clone_return"), *scores])
+        lines[kind].append([*cell, code(variant), numbers, each(one, "clone_return"), *scores])
     header = ["task", "simulator", "data", "flags", "seeds", "cloning", "nothing (MACQL)"]
-    return table([*header, *(NAMES[m] for m in ORACLES)], lines)
+    return {k: table([*header, *(NAMES[m] for m in columns[k])], lines[k]) for k in lines}
 
 
 def errors_table(rows: list[Error]) -> str:
@@ -417,7 +428,7 @@ def tables(
     """
     rows, known = read(results, Result), read(errors, Error)
     made = results_tables(rows)
-    made["ceiling"] = ceiling_table(group(read(ceiling, Result)))
+    made |= ceiling_tables(group(read(ceiling, Result)))
     made["errors"] = errors_table(known)
     made["horizons"] = horizons(group(rows), known, NAMES)
     made["speed"] = speed_tables(read(timings, Row))

@@ -170,6 +170,8 @@ def read_episode_file(path: Path, f, env_id: str | None) -> tuple[dict, np.ndarr
     metadata = {k: text(v) or v for k, v in metadata.items()}
     metadata = {k: v for k, v in metadata.items() if isinstance(v, str | int | float)}
     metadata.pop("win_rate", None)  # it is computed again from the key won
+    if not (isinstance(metadata.get("env_id"), str) and metadata["env_id"]):
+        metadata.pop("env_id", None)
     before = [x for x in str(metadata.get("repaired", "")).split("\n") if x]
     metadata["repaired"] = before + repaired
     if "won" in f:

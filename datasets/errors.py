@@ -39,6 +39,18 @@ def handling(handler: Callable) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def holding() -> Iterator[None]:
+    """Let SIGNALS wait for the end of the block: for code that a library calls back, which loses
+    what a handler raises there.
+    """
+    arrived: list[int] = []
+    with handling(lambda number, _: arrived.append(number)):
+        yield
+    for number in arrived:
+        signal.raise_signal(number)
+
+
+@contextlib.contextmanager
 def one_sentence(program: str) -> Iterator[None]:
     """Turn errors that tell the user something into `program: sentence` and a non-zero exit.
 

@@ -8,12 +8,15 @@ import contextlib
 import fcntl
 import io
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import h5py
+
+from datasets.errors import holding
 
 # What h5py raises when it cannot decode a file, depending on what of it is damaged
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, AttributeError, UnicodeError,
@@ -96,14 +99,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     path = Path(path)
     make_folder(path.parent)
     remove_parts(path.parent, path.name)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     target = Target(temporary)
     while not lock(target.fileno()) or not is_at(target.fileno(), temporary):
         target.close()  # another process took it for a dead one's, before it was locked
         target = Target(temporary)
     try:
         try:
-            yield target
+            with holding():  # HDF5 and torch.save call `target`, and write on after an exception
+                yield target
         finally:
             if target.error:  # whatever the library made of it
                 raise OSError(f"{path} cannot be written: {target.error.strerror}.")
@@ -145,7 +149,7 @@ def check_writable(path: Path) -> None:
     Parts that killed processes have left of it are removed.
     """
     remove_parts(path.parent, path.name)
-    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}.probe")
     write_atomic(probe, b"")
     probe.unlink()
 

@@ -87,7 +87,8 @@ def read_episodes(path: Path, env_id: str | None = None) -> tuple[dict, np.ndarr
             columns, lengths, metadata = readers[kind](main, f, env_id)
     if env_id:
         word = rf"(?<![a-z0-9])(?<!_vs_){re.escape(env_id.lower())}(?!_vs_)(?![a-z0-9])"
-        named = None if re.search(word, path.name.lower()) else task_in_name(path.name)
+        names = absolute(path).parts[:-3:-1]  # of the file and of its folder
+        named = None if re.search(word, path.name.lower()) else task_in_name(*names)
         recorded = metadata.setdefault("env_id", named or env_id)
         if recorded != env_id:
             raise ValueError(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-MAX_COMPRESSION = 200  # bytes of an array that a file may claim for each byte that it stores
+MAX_COMPRESSION = 1040  # bytes of an array for each that is stored; deflate's most is 1032
 UNCHECKED = 2**26  # bytes up to which an array may claim any compression
 LARGEST = 1e18  # that is accepted; float32 still holds its square
 BLOCK = 8 * 2**20  # bytes read at a time, the memory a reader needs beyond its result

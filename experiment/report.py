@@ -241,8 +241,14 @@ def read_final(path: Path) -> tuple[str, dict]:
         raise ValueError(f"{file} is not the final.json of a run: no {', '.join(missing)} in it.")
     if wrong := [part for part, keys in NUMBERS.items() if not has_numbers(run[part], keys)]:
         raise ValueError(f"{file} is damaged: {wrong[0]} lacks a number, or holds something else.")
-    named = isinstance(run["backend"], str) and isinstance(run.get("method", ""), str)
-    if not named or run["dataset"] is None or (run["clone"] is None) != (run["eval"] is None):
+    data = run["dataset"] or {}
+    texts = (run["backend"], run.get("method"), run.get("env_id"), data.get("quality"))
+    named = run["backend"] is not None and all(isinstance(x, str | None) for x in texts)
+    if (
+        not named
+        or data.get("return_mean") is None
+        or (run["clone"] is None) != (run["eval"] is None)
+    ):
         raise ValueError(f"{file} is damaged: backend, method, dataset, eval or clone is missing.")
     folder = file.absolute().parent
     name = folder.name if file.name == "final.json" else file.stem

@@ -57,7 +57,7 @@ def check_args(args) -> None:
             raise ValueError(f"{flag}: give 0 to 1.")
         if type(value) is float and not 0 <= value <= LARGEST:
             raise ValueError(f"{flag}: give 0 to {LARGEST:g}.")
-        at_least = 0 if name in MAY_BE_ZERO else 1
+        at_least = 0 if name in MAY_BE_ZERO else 2 if name == "hidden" else 1
         if type(value) is int and not at_least <= value <= MOST:
             raise ValueError(f"{flag}: give {at_least} to {MOST:,}.")
     if args.out == Path():

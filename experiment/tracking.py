@@ -85,9 +85,9 @@ class Run:
         resume = self.args.resume and (self.folder / "checkpoint.pt").exists()
         if resume:
             self.load()
-        elif self.args.resume:
-            print(f"--resume: {self.folder} has no checkpoint yet: the run starts afresh")
         else:
+            if self.args.resume:
+                print(f"--resume: {self.folder} has no checkpoint yet: the run starts afresh")
             self._spare_another_run()
         for pattern in FILES if not resume else ():
             for old in self.folder.glob(pattern):
@@ -155,14 +155,17 @@ class Run:
                     self._write(name, k + 1, self._look(title, k + 1))
                     self._history.clear()
                 due = (time.time() - self._saved) * CHECKPOINT_SHARE >= self._save_seconds
-                if due or signals or k + 1 == total:
+                stop = bool(signals)
+                if due or stop or k + 1 == total:
                     self._look(title, k + 1)  # no checkpoint of numbers that are not finite
                     now = time.time()
                     self.seconds[name] += now - self._since - self._aside
                     self._since, self._aside = now, 0.0
                     self.save()
-                if signals:
+                if stop:
                     raise Interrupted(*signals)
+            if signals:  # it came after the last look
+                raise Interrupted(*signals)
 
     def log(self, metrics: dict[str, torch.Tensor]) -> None:
         """Remember this update's metrics, 0-d tensors; nothing is read from the GPU yet."""

@@ -65,7 +65,7 @@ def _import_mujoco() -> tuple:
             "Multi-Agent MuJoCo needs: pip install gymnasium-robotics 'mujoco>=3.3,<3.5'"
         ) from e
     except AttributeError as e:  # raised by PyOpenGL if the library is missing
-        raise OSError(
+        raise ImportError(
             f"MuJoCo does not load with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: this OpenGL "
             "library is not installed; unset MUJOCO_GL."
         ) from e

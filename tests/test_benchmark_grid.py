@@ -404,18 +404,16 @@ def test_the_ceiling_has_a_column_for_each_content_of_d_m():
         row("macql", mean=1.0), row("simulator", mean=2.0), row("simulator-end", mean=3.0),
         row("logo", mean=4.0), row("logo", mean=5.0, variant="--gamma 0.5"),
     ]  # fmt: skip
-    lines = tables.ceiling_table(tables.group(rows)).splitlines()
-    header, plain, other = (
-        [x.strip() for x in line.split("|")] for line in lines if "---" not in line
+    made = tables.ceiling_tables(tables.group(rows))
+    (header, plain), (short, other) = (
+        [[x.strip() for x in line.split("|")] for line in made[k].splitlines() if "---" not in line]
+        for k in ("ceiling", "tuning")
     )
     assert plain[header.index("nothing (MACQL)")] == "1.00"
     assert plain[header.index("true simulator")] == "2.00"
     assert plain[header.index("its end by LOGO")] == "3.00"
-    assert (plain[header.index("LOGO")], other[header.index("LOGO")]) == ("4.00", "5.00")
-    assert (
-        other[header.index("flags")] == "`--gamma 0.5`"
-        and other[header.index("true simulator")] == ""
-    )
+    assert (plain[header.index("LOGO")], other[short.index("LOGO")]) == ("4.00", "5.00")
+    assert other[short.index("flags")] == "`--gamma 0.5`" and "true simulator" not in short
 
 
 def test_the_ceiling_is_drawn_of_rows_with_the_usual_flags():
@@ -484,7 +482,7 @@ def test_the_table_of_errors_has_room_for_every_quality():
 
 def test_the_texts_hold_the_tables_of_the_committed_rows():
     made = tables.results_tables(read(tables.RUNS, Result))
-    made["ceiling"] = tables.ceiling_table(tables.group(read(tables.CEILING, Result)))
+    made |= tables.ceiling_tables(tables.group(read(tables.CEILING, Result)))
     errors, groups = read(tables.ERRORS, Error), tables.group(read(tables.RUNS, Result))
     made["errors"] = tables.errors_table(errors)
     made["horizons"] = tables.horizons(groups, errors, tables.NAMES)
