@@ -170,7 +170,7 @@ class Args:
 
 
 # Defaults for robots; chosen on other seeds than those reported
-CONTINUOUS = {"eval_episodes": 20, "eval_every": 500, "updates": 5_000, "epsilon": 0.2,
+CONTINUOUS = {"eval_episodes": 20, "eval_every": 500, "updates": 10_000, "epsilon": 0.2,
               "conservative": "expectation", "gamma": 0.95, "bc_lambda": 0.6}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
 PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": False,
