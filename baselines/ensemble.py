@@ -7,18 +7,22 @@
 The rewards of imagined rows are lowered where the members are unsure; rows are sampled uniformly.
 This is the model that LOGO's speed is measured against (paper, Table 5).
 
-Departures: the learner is MACQL, as for every world model here, instead of SAC; all members see the
-same batches and differ by their initial weights alone [Lakshminarayanan et al., 2017], and all of
-them imagine, instead of the five with the least held-out error; sigma and the error are of
-standardised values, and u is their root mean square in units of the reward's standard deviation, so
-that one lambda serves every task; in it sigma^2 counts with the probability that its value is not 0
-(D11), because no likelihood trains it where the value is 0; the optimiser is LOGO's, AdamW with
-step size 3e-3 and weight decay 0.1, also on the bounds of log sigma^2 (the code: 1e-3, and 2.5e-5
-to 1e-4 on the layers' weights alone); the likelihood is half of the code's and divided by D, as is
-the pull on the bounds of log sigma^2. LOGO's D3, D4 and D11 (heads, clamp, zeros) apply, see
-joint.py: without them no ensemble can show a unit that dies or is out of sight. With D4 MACQL also
-keeps later values within the data's returns: what the penalty costs beyond that reaches the steps
-in the target alone.
+Departures:
+- The learner is MACQL, as for every world model here, instead of SAC.
+- All members see the same batches and differ by their initial weights alone [Lakshminarayanan et
+  al., 2017], and all of them imagine, instead of the five with the least held-out error. That
+  costs: on HalfCheetah three of seven have over twice the error of the others.
+- sigma and the error are of standardised values, and u is their root mean square in units of the
+  reward's standard deviation. The code takes the norm, sqrt(D) times as much.
+- In u, sigma^2 counts with the probability that its value is not 0 (D11), because no likelihood
+  trains it where the value is 0.
+- The optimiser is LOGO's, AdamW with step size 3e-3 and weight decay 0.1, also on the bounds of log
+  sigma^2 (the code: 1e-3, and 2.5e-5 to 1e-4 on the layers' weights alone). The likelihood is half
+  of the code's and divided by D, as is the pull on these bounds.
+- LOGO's D3, D4 and D11 (heads, clamp, zeros) apply, see joint.py: without them no ensemble can show
+  a unit that dies or is out of sight. The heads learn from the members' mean, while a rollout shows
+  one member's sample. With D4 MACQL also keeps later values within the data's returns: what the
+  penalty costs beyond that reaches the steps in the target alone.
 
 Source: https://github.com/yihaosun1124/OfflineRL-Kit at e3ce697: dynamics/ensemble_dynamics.py,
 run_example/run_mopo.py. Its lambda is 0.5 to 5 and its horizon 1 or 5, chosen for each dataset.
@@ -50,8 +54,8 @@ class Args(train.Args):
     uncertainty: Literal["weight", "penalty", "none"] = "penalty"
     """use of u: reward penalty of MOPO, sampling weight of LOGO's Eq. (7), or none [MOPO]"""
     u_scale: float = 1.0
-    """1 / lambda of the penalty; with --uncertainty weight give 0 [OfflineRL-Kit: lambda 0.5 to
-    5]"""
+    """1 / lambda of the penalty; with --uncertainty weight give 0 [ours; OfflineRL-Kit: lambda 0.5
+    to 5 of a u that is sqrt(D) times as large]"""
     members: int = 7
     """M, networks [OfflineRL-Kit]"""
     wm_hidden: int = 200

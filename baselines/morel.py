@@ -21,7 +21,8 @@ adds --truncate-reward, which is 0 in its configurations, and never cuts a path 
 steps. LOGO's D3, D4 and D11 (heads, clamp, zeros) apply, see joint.py; with D4 MACQL also keeps
 later values within the data's returns: what HALT costs beyond that reaches the steps in the target
 alone. Where s and o have hundreds of numbers, disc differs little from row to row, and with a
-coefficient of 3 many recorded rows are unknown, too; with 1, none of those that it was measured on.
+coefficient of 3 many recorded rows are unknown, too; with 1, none of those that it was measured on,
+which the networks were trained on: of held-out steps of 6h_vs_8z medium-replay 4.5 % are.
 
 Source: https://github.com/aravindr93/mjrl at 15bf3c0 (branch v2): projects/morel/run_morel.py,
 mjrl/algos/mbrl/model_based_npg.py, nn_dynamics.py. Its coefficient is 3 for D4RL's hopper-medium

@@ -9,7 +9,8 @@ searches for a better action a* without a gradient, and pulls the policy towards
 
 An agent's critics see its own observation alone; actor and search use the first one. Continuous
 actions: a* is the best action that the cross-entropy method finds, or pi_i(o^i) where that is
-better. Discrete actions: a* is the best available one, and Q_i(o^i, pi_i) an expected value.
+better. Discrete actions: a* is the best available one; Q_i(o^i, pi_i) is an expected value for the
+actor, and that of the most likely action in y_i.
 
 Departures, in all of which OMAR is like MACQL here: the policies are one network and start from the
 clone and wait while the critics learn alone (D26); they stand for target policies, and their moving
@@ -18,9 +19,10 @@ average is evaluated; the target's value is kept in the range of the data's retu
 not clipped; the continuous log-sum-exp weighs a draw with the density of the mixture that it is
 from (the public code subtracts a density where its logarithm belongs); imagined rows count in the
 Bellman error alone. Besides, |pi - a*|^2 is a sum over A, as in the paper; the code takes the mean,
-and adds 1e-3 pi^2. The code for discrete actions is of CFCQL's authors: its critics also see the
-state and share weights, targets are of TD(0.6), the log-sum-exp and a* know no unavailable actions,
-and the actor follows the advantage of the data's actions, not Q_i(o^i, pi_i).
+so that its c pulls A times as hard here on maps, and adds 1e-3 pi^2. The code for discrete actions
+is of CFCQL's authors: its critics also see the state and share weights, targets are of TD(0.6), the
+log-sum-exp and a* know no unavailable actions, and the actor follows the advantage of the data's
+actions, not Q_i(o^i, pi_i).
 
 Source: https://github.com/ling-pan/OMAR at 0e52ad6: algorithms/maddpg.py (continuous actions);
 https://github.com/thu-rllab/CFCQL at 3441019: discrete/src/learners/omar_learner.py.

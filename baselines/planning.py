@@ -9,7 +9,9 @@ LOGO's model serves to find a_max alone: critic, value and cloning see recorded 
 MACQL; each policy is drawn towards the action that its own critic prefers H steps later.
 
 Readings, because the paper says no more than "the optimal action selected through model rollout
-from three candidate actions proposed by the policy network": candidates are joint actions; a
+from three candidate actions proposed by the policy network": candidates are joint actions, with the
+random actions of a rollout (D16) in all but the greedy one; imitation has weight 1, as the paper
+prints it, which is ten times lambda's on maps (D17); a
 rollout that has not ended is worth the critic's value of its last state [as TD-MPC]; a_max is
 sought for --rollout-batch-size recorded states every --rollout-interval updates, because a search
 at every update took most of a run's time; discrete actions are imitated as Eq. (12) clones them;

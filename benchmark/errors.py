@@ -1,10 +1,13 @@
 """How well each world model predicts one step, on data of the same and of another quality.
 
 Phase 1 of train.py alone, for LOGO and for every world model of baselines/, on the same batches
-(MAMBA and MAZero draw windows of their own, as many times).
-Errors are mean squared errors on held-out episodes in standardised units: 1 is the error of always
-predicting the training data's mean. Rows of the other quality are what the paper calls data out of
-the dataset (Sec. 5.4); they are standardised with the training data's statistics, too.
+(MAMBA and MAZero draw windows of their own, as many times, and see the observations of a moment
+alone; the others see the state, too). Ensembles and MOReL are measured by the mean of their
+members, while one of them makes a rollout.
+Errors are mean squared errors on held-out episodes in units of the training data's variance;
+constant columns count as 0, so that always predicting the mean has .4 in the state of 3s_vs_5z and
+about 1 in a robot's. Rows of the other quality are what the paper calls data out of the dataset
+(Sec. 5.4); they are standardised with the training data's statistics, too.
 """
 
 import importlib

@@ -105,7 +105,7 @@ def draw_field(groups: Groups) -> bytes | None:
     names = [*(NAMES[method] for method in methods), "behaviour cloning"]
     figure = Figure(figsize=(2.6 * len(cells) + 1.4, 3.9), layout="constrained")
     axes = figure.subplots(1, len(cells), squeeze=False)[0]
-    for ax, (cell, by_method) in zip(axes, cells.items(), strict=True):
+    for ax, ((env_id, backend, quality, flags), by_method) in zip(axes, cells.items(), strict=True):
         for y, method in enumerate(methods):
             returns = [row.return_mean for row in by_method.get(method, {}).values()]
             color = "C0" if method == "logo" else "C1" if method == "macql" else "grey"
@@ -116,7 +116,8 @@ def draw_field(groups: Groups) -> bytes | None:
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [])
         ax.grid(axis="y", lw=0.4)
         ax.invert_yaxis()
-        ax.set_title(f"{cell.env_id}\n{cell.quality}, {cell.backend}", fontsize=9)
+        title = f"{env_id} {flags.strip('`')}\n{quality}, {backend}"
+        ax.set_title(title, fontsize=9)
     figure.supxlabel("return; a dot is a run of one seed", fontsize=9)
     return png(figure)
 

@@ -10,7 +10,8 @@ LOGO's prediction instead; all of them together are LOGO. `Windows` fills D_m wi
 this placebo changes nothing but the way in which batches are put together.
 
 In SMAX the recording is played once more to know the simulator's own states. A robot's state is
-known from its observation, up to rounding and the contacts of its last step.
+known from its observation, up to rounding and the contacts of its last step; of Hopper's and
+Walker2d's velocities the observation has no more than 10 (cut in 10 % of Hopper-3x1 medium's rows).
 
 At the end, depth.json compares the critics' values with what the policy really gets (`by_depth`).
 

@@ -86,7 +86,7 @@ def coverage(runs: tuple[Path, ...], episodes: int = 64, results: Path = VISITS)
 
     Args:
         runs: folders of finished runs of one task on the same data, e.g. of LOGO and of MACQL
-        episodes: that each of them plays
+        episodes: that each of them plays, at least: in rounds of up to 64
         results: file that receives a row per visited region, in place of all that it has of this
             task, quality and seeds
     """

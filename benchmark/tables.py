@@ -183,9 +183,16 @@ def comparison(groups: Groups) -> str:
     return table([*header, "behaviour cloning", "data's return"], lines)
 
 
-def cells_of_baselines(groups: Groups) -> dict[Cell, dict[str, Runs]]:
-    """`by_cell` of the cells in which any baseline was run."""
-    return {cell: x for cell, x in by_cell(groups).items() if x.keys() & set(BASELINES)}
+def cells_of_baselines(groups: Groups) -> dict[tuple[str, ...], dict[str, Runs]]:
+    """The runs by method of every (task, simulator, data, flags) that any baseline was run in; with
+    flags only where LOGO was, too.
+    """
+    columns: dict[tuple[str, ...], dict[str, Runs]] = {}
+    for (cell, variant, method), runs in groups.items():
+        if cell.backend != "offline":
+            columns.setdefault((*cell, code(variant)), {})[method] = runs
+    return {k: runs for k, runs in columns.items() if runs.keys() & BASELINES
+            and ("logo" in runs or not k[-1])}  # fmt: skip
 
 
 def field(groups: Groups) -> str:
@@ -199,7 +206,7 @@ def field(groups: Groups) -> str:
     most = [max(by_method.values(), key=len) for by_method in cells.values()]
     lines.append(["behaviour cloning", *(over(runs, "clone_return") for runs in most)])
     lines.append(["the data", *map(data_return, most)])
-    return table(["method (seeds)", *map(" ".join, cells)], lines)
+    return table(["method (seeds)", *(" ".join(filter(None, x)) for x in cells)], lines)
 
 
 def field_differences(groups: Groups) -> str:
@@ -214,7 +221,7 @@ def field_differences(groups: Groups) -> str:
     cells = cells_of_baselines(groups)
     others = [method for method in (*METHODS, *BASELINES) if method != "logo"]
     lines = [[NAMES[m], *(difference(x, m) for x in cells.values())] for m in others]
-    return table(["LOGO minus", *map(" ".join, cells)], lines)
+    return table(["LOGO minus", *(" ".join(filter(None, x)) for x in cells)], lines)
 
 
 def scores(groups: Groups) -> str:

@@ -1,8 +1,8 @@
 """Measures on recorded data: errors of a world model, and a policy compared with the recording.
 
-Errors are mean squared errors in standardised units: 1 is the error of always predicting the mean
-of the data. They are taken on held-out episodes, which no update has seen; only `rollout_sanity`
-and td_train are on training rows.
+Errors are mean squared errors in units of the data's variance; constant columns count as 0, so that
+always predicting the mean has about 1 on robots and less on maps. They are taken on held-out
+episodes, which no update has seen; only `rollout_sanity` and td_train are on training rows.
 
 A world model is any object with `imagine(policy, starts, horizon, generator) -> rollout`, whose
 arguments and result `logo_wm.LogoWM.imagine` describes; `policy` is called once per step. What

@@ -336,6 +336,13 @@ def test_the_iqm_is_of_default_runs_and_says_how_many():
     assert all(x[1:5] == ["0 of 3", "0", "", "not run"] for x in others)
 
 
+def test_the_field_has_flags_with_which_logo_was_run_too():
+    few = "--updates 5"
+    rows = [row(), row("omar"), row(variant=few), row("omiga", variant=few)]
+    header = tables.field(tables.group(rows)).splitlines()[0]
+    assert f"| 3s_vs_5z smax medium | 3s_vs_5z smax medium `{few}` |" in header
+
+
 def test_the_field_pairs_equal_seeds():
     rows = [
         row(seed=1, mean=5.0), row(seed=2, mean=8.0), row("macql", 2, 7.0),
