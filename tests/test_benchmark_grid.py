@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -334,6 +335,20 @@ def test_the_iqm_is_of_default_runs_and_says_how_many():
     assert macql[6:] == ["+0.500", "", "1, 1"] and logo[6:] == ["", "", ""]  # of seed 2
     assert len(others) == len(grid.BASELINES)
     assert all(x[1:5] == ["0 of 3", "0", "", "not run"] for x in others)
+
+
+def test_two_grids_that_record_at_once_lose_no_row(tmp_path):
+    path = tmp_path / "runs.csv"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda k: record(path, row(seed=k)), range(40)))
+    assert {r.seed for r in read(path, Result)} == set(range(40))
+
+
+def test_a_dataset_called_as_a_quality_has_rows_of_its_own(tmp_path):
+    (tmp_path / "medium.h5").write_bytes(b"other data")
+    flags = f"--dataset {tmp_path / 'medium.h5'}"
+    (run,) = grid.plan(("3s_vs_5z",), ("medium",), ("macql",), (1,), flags, tmp_path)
+    assert run.quality.startswith("medium-") and run.quality in run.folder.name
 
 
 def test_the_field_has_flags_with_which_logo_was_run_too():

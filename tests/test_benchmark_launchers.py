@@ -149,6 +149,40 @@ def test_an_interrupt_ends_the_runs_on_ray(cluster, run, tmp_path):
     assert seen == [(seed, what) for seed in waiting for what in ("began", "saved")]
 
 
+def test_a_killed_run_names_the_signal(tmp_path):
+    launchers.log_of(tmp_path / "run").write_text("Phase 1:  35%|###   | 35/100")
+    assert launchers.reason(tmp_path / "run", -9).startswith("ended by SIGKILL")
+    assert launchers.reason(tmp_path / "run", 1) == "Phase 1:  35%|###   | 35/100"
+
+
+def test_a_run_that_begins_while_the_grid_ends_is_ended_too(tmp_path, monkeypatch):
+    class Process:
+        def __init__(self, first: bool):
+            self.over = threading.Event()
+            if first:
+                self.over.set()
+
+        def wait(self):
+            return 0 if self.over.wait(5) else 1
+
+        def terminate(self):
+            self.over.set()
+
+    began = []
+
+    def start(folder, *_):
+        time.sleep(0.3 * len(began))  # the second is being started when the grid ends
+        began.append(Process(first=not began))
+        return began[-1]
+
+    monkeypatch.setattr(launchers, "start", start)
+    runs = [launchers.Run("", "", "", tmp_path / str(k), [], [], None) for k in range(9)]
+    ends = launchers.locally(runs, 1)
+    next(ends)
+    ends.close()
+    assert all(process.over.is_set() for process in began) and len(began) <= 2
+
+
 def test_without_ray_one_sentence_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit) as error, one_sentence("python -m benchmark"):

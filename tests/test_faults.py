@@ -29,8 +29,10 @@ import train
 from behaviour import record, weights
 from behaviour.policy import Policy
 from datasets import files
+from datasets.errors import Interrupted, handling, interrupt
 from datasets.files import Target
 from datasets.load import task_in_name
+from datasets.rows import numbers
 from experiment.folder import read_checkpoint, same_kind, take
 from experiment.report import read_final
 from simulators.mamujoco import partition
@@ -137,6 +139,42 @@ def test_what_a_failing_write_drops_reads_as_zeros(tmp_path, monkeypatch):
     into = bytearray(b"......")
     assert target.readinto(into) == 6 and into == b"pt\0\0\0\0"
     target.close()
+
+
+def test_a_signal_waits_for_the_end_of_a_write(tmp_path):
+    written = []
+    with pytest.raises(Interrupted), handling(interrupt):
+        with datasets.replacing(tmp_path / "x") as target:
+            os.kill(os.getpid(), signal.SIGTERM)
+            written.append(target.write(b"all of it"))  # as HDF5 calls it, which loses exceptions
+    assert written == [9] and not list(tmp_path.iterdir())
+
+
+def test_two_writers_with_one_process_id_keep_their_parts(tmp_path):
+    with datasets.replacing(tmp_path / "x") as one, datasets.replacing(tmp_path / "x") as two:
+        one.write(b"first")
+        two.write(b"second")
+    assert (tmp_path / "x").read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_our_own_files_may_shrink_as_much_as_deflate_can(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.rows.UNCHECKED", 0)
+    with h5py.File(tmp_path / "x.h5", "w") as f:
+        x = f.create_dataset("filled", data=np.ones((2000, 1000), np.int64), compression="gzip")
+        assert x.nbytes > 200 * x.id.get_storage_size()
+        numbers(tmp_path / "x.h5", "filled", x)
+
+
+def test_a_task_that_is_no_text_is_not_believed(tmp_path):
+    datasets.save_episodes(tmp_path / "x.h5", faults.battles(), {"env_id": 2.5})
+    assert "env_id" not in datasets.read_episodes(tmp_path / "x.h5")[2]
+
+
+def test_the_folder_tells_the_task_of_a_file(tmp_path):
+    (tmp_path / "8m").mkdir()
+    datasets.save_episodes(tmp_path / "8m" / "medium.h5", faults.battles(), {})
+    with pytest.raises(ValueError, match="recorded on 8m, not on 3m, as its name says"):
+        datasets.read_episodes(tmp_path / "8m" / "medium.h5", "3m")
 
 
 def test_parts_of_killed_processes_are_removed_and_others_kept(tmp_path):

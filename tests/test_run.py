@@ -169,6 +169,9 @@ def test_a_finished_run_with_other_flags_is_not_replaced(go, toy, tmp_path):
     with pytest.raises(SystemExit, match="holds a finished run with backend smax"):
         go(*toy)
     file.write_bytes(before)
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    with pytest.raises(SystemExit, match="holds a finished run with --wm-lr"):
+        go(*toy, "--wm-lr", "0.1", "--resume")
     go(*toy)  # the same run again replaces it
 
 
@@ -399,6 +402,7 @@ BAD = {
     "--uncertainty penalty --u-scale 0": "give --u-scale",
     "--critic-first 1.5": "--critic-first is 1.5",
     "--n-step 0": "--n-step is 0",
+    "--hidden 1": "--hidden is 1: give 2 to",
     "--draw-zeros --no-zeros": "give one of them",
     "--critic none": "--synthetic-fraction 0",
     "--env-id 2s3z": "recorded on 3s_vs_5z",
