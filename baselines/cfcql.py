@@ -84,7 +84,8 @@ def values_of_all(
     else:
         draws, log_density = draws_and_density(batch, actor, noise, (-1,))
     m, one = len(draws), torch.eye(n, device=draws.device).view(1, n, 1, n, 1)
-    actions = torch.lerp(batch.actions, draws.unsqueeze(1), one)  # (M,N,B,N,A): i's replaced
+    # (M,N,B,N,A): in block i of the first N, agent i's action is replaced by the draw's
+    actions = torch.lerp(batch.actions, draws.unsqueeze(1), one)
     obs, state = batch.obs.repeat(m * n, 1, 1), batch.state.repeat(m * n, 1)
     q = critic(obs, state, actions.flatten(0, 2)).view(-1, m, n, b)  # (K,M,N,B)
     of_all = (q.transpose(2, 3) - log_density).logsumexp(1) - math.log(m)  # (K,B,N)

@@ -105,17 +105,17 @@ class JointRows(nn.Module):
         if log_var is not None:
             error = error * torch.exp(-log_var) + 0.5 * log_var
         # The last step's reward is the end head's, as in LOGO
-        shown = torch.ones_like(truth)
-        shown[:, -1] = 1 - batch.terminated if self.heads else 1.0
+        counts = torch.ones_like(truth)  # 0: a value whose error does not count
+        counts[:, -1] = 1 - batch.terminated if self.heads else 1.0
         if not self.zeros:
-            return (error * shown).mean(-1)
+            return (error * counts).mean(-1)
         raw = torch.cat([batch.next_state, batch.next_obs.flatten(1)], -1)  # (B,S+NO)
         sometimes = self.sometimes()
         nonzero = torch.where(sometimes, raw != 0, True).to(error)
-        shown = torch.cat([shown[:, : s + n * o] * nonzero, shown[:, -1:]], -1)
+        counts = torch.cat([counts[:, : s + n * o] * nonzero, counts[:, -1:]], -1)
         logit = out[..., self.num_values :]
         loss = F.binary_cross_entropy_with_logits(logit, nonzero.expand_as(logit), reduction="none")
-        return ((error * shown).sum(-1) + (loss * sometimes).sum(-1)) / self.num_values
+        return ((error * counts).sum(-1) + (loss * sometimes).sum(-1)) / self.num_values
 
     def heads_loss(self, out, batch) -> torch.Tensor:
         """Of available actions and ends (), from what a rollout would show after this step.

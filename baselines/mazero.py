@@ -190,11 +190,13 @@ class MAZero(nn.Module):
         parts |= {"consistency": consistency.mean()}
         return total, {k: v.detach() for k, v in parts.items()}
 
-    def follow(self, first, h, obs, state, actions) -> tuple[torch.Tensor, dict]:
-        """The next h, and what `step` returns; `first` is the latent state of raw obs and state."""
+    def follow(self, first, h, first_obs, first_state, actions) -> tuple[torch.Tensor, dict]:
+        """The next h, and what `step` returns. Decoders say what has changed since the window's
+        start: raw first_obs, first_state, and `first`, their latent state.
+        """
         h = self.advance(h, actions)
         out = joined(self.rows, *self.decode(first, h), self.reward_of(h, actions))
-        outcome = self.rows.outcome(out, obs, state)
+        outcome = self.rows.outcome(out, first_obs, first_state)
         return h, outcome | {"uncertainty": torch.zeros_like(outcome["reward"])}
 
     @torch.no_grad()

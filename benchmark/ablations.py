@@ -1,12 +1,12 @@
 """Tables of the paper's ablations: the use of the uncertainty (Table 6), the horizon (Table 7); and
 one of the size of the data.
 
-python -m benchmark grid --methods logo --env-ids Hopper-3x1 --qualities medium --variants="
-    ; --uncertainty none; --uncertainty shuffled; --uncertainty penalty --u-scale 30"
-python -m benchmark grid --methods logo direct --env-ids 6h_vs_8z --qualities medium --variants="
-    ; --horizon 5; --horizon 10; --horizon 20"
-python -m benchmark grid --env-ids 3s_vs_5z --qualities medium-replay --variants="
-    ; --episodes 60; --episodes 200"
+python -m benchmark grid --methods logo --env-ids Hopper-3x1 --qualities medium --results mine.csv
+    --variants="; --uncertainty none; --uncertainty shuffled; --uncertainty penalty --u-scale 30"
+python -m benchmark grid --methods logo direct --env-ids 6h_vs_8z --results mine.csv
+    --variants="; --horizon 5; --horizon 10; --horizon 20"
+python -m benchmark grid --env-ids 3s_vs_5z --qualities medium-replay --results mine.csv
+    --variants="; --episodes 60; --episodes 200"
 """
 
 import re
@@ -85,17 +85,19 @@ def horizons(groups: dict, errors: list[Error], names: dict[str, str], usual: in
 
 
 def sizes(groups: dict) -> str:
-    """One line per cell and number of recorded episodes, where there are several numbers.
+    """One line per cell, other flags and number of recorded episodes, where there are several.
 
     Args:
         groups: of `tables.group`.
     """
     lines: dict[tuple, dict[int, dict[str, dict]]] = {}
     for (cell, variant, method), runs in groups.items():
-        found = re.fullmatch(r"(?:--episodes (\d+))?", variant)
-        if found and method in ("macql", "logo"):
-            episodes = int(found[1] or default_episodes(cell.env_id))
-            lines.setdefault(cell, {}).setdefault(episodes, {})[method] = runs
+        if method in ("macql", "logo"):
+            episodes, rest = default_episodes(cell.env_id), variant
+            if found := re.search(r"--episodes (\d+) ?", variant):
+                episodes, rest = int(found[1]), variant.replace(found[0], "").strip()
+            by_size = lines.setdefault((*cell, code(rest)), {})
+            by_size.setdefault(episodes, {})[method] = runs
     text = []
     for cell, by_size in lines.items():
         for episodes, by_method in sorted(by_size.items() if len(by_size) > 1 else ()):
@@ -108,4 +110,4 @@ def sizes(groups: dict) -> str:
             cloning = f"{over_seeds([*clones.values()])} ({len(clones)})" if clones else ""
             text.append([*cell, episodes, cloning, returns(macql), returns(logo), ", ".join(gains)])
     columns = ["episodes", "behaviour cloning", "MACQL", "LOGO", "LOGO - MACQL, by seed"]
-    return table(["task", "simulator", "data", *columns], text)
+    return table(["task", "simulator", "data", "flags", *columns], text)

@@ -50,6 +50,9 @@ PARTS = ("obs", "state", "reward", "end", "avail")
 def replay_smax(data: OfflineDataset, metadata: dict):
     """SMAX's own state before every row of a recording: a JAX tree of arrays (R,...).
 
+    A recording holds the episodes of one policy after the other, each in rounds of as many as the
+    simulator has slots; the last round of a policy may be cut.
+
     Raises:
         ValueError: it is not one of our recordings, or this machine computes differently.
     """

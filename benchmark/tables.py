@@ -34,7 +34,7 @@ from benchmark.rows import (
 from benchmark.speed_tables import speed_tables
 from benchmark.states import coverage_table
 from benchmark.timing import Row
-from envs import PAPER_MUJOCO, PAPER_SMAC
+from envs import PAPER_MUJOCO, PAPER_SMAC, is_robot
 from experiment.report import mean_and_interval, over_seeds
 
 TEXTS = tuple(
@@ -286,8 +286,14 @@ def aggregate(groups: Groups) -> str:
             scale = abs(np.mean([row.return_mean for row in other.values()]))
             gains[cell] = 100 * np.array(by_seed) / scale
     lines = []
-    for name, excluded in (("all", ()), ("not tuned on", TUNED_ON)):
-        some = [x for cell, x in gains.items() if cell.env_id not in excluded]
+    kinds = {
+        "all": lambda env_id: True,
+        "maps": lambda env_id: not is_robot(env_id),
+        "robots": is_robot,
+        "not tuned on": lambda env_id: env_id not in TUNED_ON,
+    }
+    for name, counts in kinds.items():
+        some = [x for cell, x in gains.items() if counts(cell.env_id)]
         if not some:
             continue
         rng, count = np.random.default_rng(0), len(some)

@@ -303,7 +303,7 @@ def announce(args, device: torch.device, metadata: dict, name: str, continuous: 
     if continuous and not envs.is_robot(args.env_id):
         print("     warning: this is none of the robots, so the defaults are those of discrete "
               "actions; robots have --conservative expectation --gamma 0.95 --bc-lambda 0.6 "
-              "--epsilon 0.2 --updates 5000 --eval-every 500 --eval-episodes 20")  # fmt: skip
+              "--epsilon 0.2 --updates 10000 --eval-every 500 --eval-episodes 20")  # fmt: skip
     if metadata.get("win_rate") == 0:
         print("     warning: no recorded episode was won, so there is no victory to learn from")
     for repair in metadata.get("repaired", []):

@@ -300,7 +300,8 @@ def test_the_aggregate_is_over_cells_in_shares_of_macqls_return():
         for seed, mean in enumerate(means)
     ]
     lines = tables.aggregate(tables.group(rows)).splitlines()
-    every, untuned = ([x.strip() for x in line.split("|")[1:-1]] for line in lines[2:])
+    every, smax, untuned = ([x.strip() for x in line.split("|")[1:-1]] for line in lines[2:])
+    assert smax == ["maps", *every[1:]]  # there is no robot
     assert every[:5] == ["all", "2", "2", "1", f"{(15.0 - 6.25) / 2:+.1f}"]
     low, high = map(float, every[5].split(" to "))
     assert -12.5 <= low < 4.4 < high <= 20.0  # the worst and the best seed alone
@@ -416,9 +417,9 @@ def test_sizes_of_the_data_stand_below_each_other():
     ]  # fmt: skip
     _, _, *lines = tables.sizes(tables.group(rows)).splitlines()
     few, usual = ([x.strip() for x in line.split("|")[4:-1]] for line in lines)
-    assert few == ["60", "1.50 (1)", "5.00", "3.00", "-2.00"]
-    assert usual[0] == "600" and usual[3:] == ["9.00", "+1.00"]
-    assert usual[1].endswith("(1)") and usual[2].endswith("(2)")
+    assert few == ["", "60", "1.50 (1)", "5.00", "3.00", "-2.00"]
+    assert usual[1] == "600" and usual[4:] == ["9.00", "+1.00"]
+    assert usual[2].endswith("(1)") and usual[3].endswith("(2)")
 
 
 def test_the_ceiling_has_a_column_for_each_content_of_d_m():
