@@ -188,11 +188,11 @@ class LogoWM(nn.Module):
         return p * x.value + (1 - p) * self.standardise(name, torch.zeros_like(x.value))
 
     def decide(self, name: str, x: Prediction, draw: torch.Tensor | None = None) -> torch.Tensor:
-        """What imagined rows hold, in raw units: for each entry 0 or its mean, what is likelier.
+        """What imagined rows hold, in raw units: of 0 and an entry's mean, the likelier.
 
         Args:
-            draw: uniform numbers in [0,1), one for all entries of a row (B,1): an entry is then 0
-                where its probability of being 0 is above the number.
+            draw: uniform numbers in [0,1), broadcast over the entries: an entry is then 0 where its
+                probability of being 0 is above its number.
         """
         value = self.restore(name, x.value)
         if x.logit is None:
