@@ -44,10 +44,12 @@ def holding() -> Iterator[None]:
     what a handler raises there.
     """
     arrived: list[int] = []
-    with handling(lambda number, _: arrived.append(number)):
-        yield
-    for number in arrived:
-        signal.raise_signal(number)
+    try:
+        with handling(lambda number, _: arrived.append(number)):
+            yield
+    finally:
+        for number in arrived:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
