@@ -29,7 +29,7 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
   D11 Entries that are exactly 0 in a part of the data (units out of sight, or dead) have a
       probability of being 0. A mean would be something that never occurs: a unit half in sight.
       In a rollout an entry becomes 0 only where that is the likelier outcome, so that fewer units
-      die than in the data; --draw-zeros draws it.
+      die than in the data.
   D22 In a rollout agents observe E_d's o', which fits the deduced state; the paper: o_hat.
 Readings, where the paper leaves a choice: Eq. (4) feeds E_p with (o_t, a_t, s_t), as Eq. (2) does,
 though it prints o_{t+1}, which is what is to be predicted; the Gaussians have variance 1, and their
@@ -52,16 +52,20 @@ import torch.nn.functional as F
 
 
 class AgentLinear(nn.Module):
-    """N linear layers, one per agent, as one batched product: (B,N,I) -> (B,N,J)."""
+    """N linear layers, one per agent, as one batched product: (B,N,I) -> (B,N,J).
 
-    def __init__(self, agents: int, fan_in: int, fan_out: int):
+    With shared weights the agents' layers differ in their biases alone.
+    """
+
+    def __init__(self, agents: int, fan_in: int, fan_out: int, shared: bool = False):
         super().__init__()
-        bound = fan_in**-0.5
-        self.weight = nn.Parameter(torch.empty(agents, fan_in, fan_out).uniform_(-bound, bound))
+        bound, matrices = fan_in**-0.5, 1 if shared else agents
+        self.weight = nn.Parameter(torch.empty(matrices, fan_in, fan_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(agents, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias, x.transpose(0, 1), self.weight).transpose(0, 1)
+        weight = self.weight.expand(len(self.bias), -1, -1)  # (N,I,J)
+        return torch.baddbmm(self.bias, x.transpose(0, 1), weight).transpose(0, 1)
 
 
 def mlp(*sizes: int, layer: Callable = nn.Linear) -> nn.Sequential:
@@ -70,9 +74,9 @@ def mlp(*sizes: int, layer: Callable = nn.Linear) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def agent_mlp(agents: int, *sizes: int) -> nn.Sequential:
+def agent_mlp(agents: int, *sizes: int, shared: bool = False) -> nn.Sequential:
     """The same, one per agent."""
-    return mlp(*sizes, layer=partial(AgentLinear, agents))
+    return mlp(*sizes, layer=partial(AgentLinear, agents, shared=shared))
 
 
 def gaussian_nll(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -100,9 +104,9 @@ class LogoWM(nn.Module):
         heads: False = the paper: rollouts never end, every action is available.
         clamp: False = the paper: imagined values may leave the range of the data.
         zeros: False = the paper: Gaussians alone, also for entries that are exactly 0 at times.
-        draw_zeros: rollouts draw which entries of s' become 0, and the heads learn with the zeros
-            that came true; False: they take the likelier of 0 and the mean.
         observe: what the policy sees in a rollout: "deduced" or, as in the paper, "predicted".
+        shared: E_p, R_p and the head of available actions, which see what an agent sees, have the
+            same weights for all agents, with biases of their own; False = the paper.
     """
 
     compilable = ("loss", "step")  # functions of tensors alone, for torch.compile
@@ -120,24 +124,24 @@ class LogoWM(nn.Module):
         heads: bool = True,
         clamp: bool = True,
         zeros: bool = True,
-        draw_zeros: bool = False,
         observe: str = "deduced",
+        shared: bool = False,
     ):
         super().__init__()
         n, o, s, a, h = num_agents, obs_dim, state_dim, action_dim, hidden
         self.discrete, self.deduce_from = discrete, deduce_from
         self.heads, self.clamp, self.zeros, self.observe = heads, clamp, zeros, observe
-        self.draw_zeros = zeros and draw_zeros
         k = 2 if zeros else 1  # numbers per entry: a mean, and a logit
+        local = partial(agent_mlp, n, shared=shared)
         self.enc_state = mlp(s, h)  # h_s, shared by the agents
-        self.enc_obs = agent_mlp(n, o + a, h)  # h_o
-        self.enc_p = agent_mlp(n, 2 * h, h, k * o)  # E_p: (h_s, h_o) -> o_hat - o
-        self.dec_p = agent_mlp(n, o, h, o + a)  # R_p: o_hat -> (o, a)
+        self.enc_obs = local(o + a, h)  # h_o
+        self.enc_p = local(2 * h, h, k * o)  # E_p: (h_s, h_o) -> o_hat - o
+        self.dec_p = local(o, h, o + a)  # R_p: o_hat -> (o, a)
         self.enc_d = agent_mlp(n, s + 1, h, h, k * o)  # E_d: (s_next, r) -> o_next
         context = ("state" in deduce_from) * s + ("actions" in deduce_from) * n * a
         self.dec_d = mlp(n * o + context, h, h, k * s + 1)  # R_d: o_hat of all agents -> (s', r')
         self.enc_ps = mlp(s + n * o + n * a, h, h, s + 1)  # E_ps -> (s_hat - s, r_hat)
-        self.avail_head = agent_mlp(n, o, h // 2, a) if discrete else None  # Deviation D3
+        self.avail_head = local(o, h // 2, a) if discrete else None  # Deviation D3
         self.end_head = mlp(s, h // 2, 2)  # Deviation D3: is s' the end, and its reward if it is
         self.register_statistics(n, o, s, statistics)
 
@@ -187,29 +191,10 @@ class LogoWM(nn.Module):
         p = x.logit.sigmoid()
         return p * x.value + (1 - p) * self.standardise(name, torch.zeros_like(x.value))
 
-    def decide(self, name: str, x: Prediction, draw: torch.Tensor | None = None) -> torch.Tensor:
-        """What imagined rows hold, in raw units: of 0 and an entry's mean, the likelier.
-
-        Args:
-            draw: uniform numbers in [0,1), broadcast over the entries: an entry is then 0 where its
-                probability of being 0 is above its number.
-        """
+    def decide(self, name: str, x: Prediction) -> torch.Tensor:
+        """What imagined rows hold, in raw units: of 0 and an entry's mean, the likelier."""
         value = self.restore(name, x.value)
-        if x.logit is None:
-            return value
-        nonzero = x.logit > 0 if draw is None else (-x.logit).sigmoid() <= draw
-        return torch.where(nonzero, value, 0.0)
-
-    def draw(self, state: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:
-        """Deviation D11: the random numbers (B,1) that `decide` compares with each entry's
-        probability of being 0; None without draw_zeros.
-
-        One number a row, so that a unit dies with all of its entries; the price is that several
-        units of a row die together more often than they should.
-        """
-        if not self.draw_zeros:
-            return None
-        return torch.rand((len(state), 1), generator=generator, device=state.device)
+        return value if x.logit is None else torch.where(x.logit > 0, value, 0.0)
 
     def nll(self, name: str, truth: torch.Tensor, x: Prediction) -> torch.Tensor:
         """-log of the prediction's density at the raw `truth`, summed over the last dimension."""
@@ -295,11 +280,9 @@ class LogoWM(nn.Module):
         loss_ps = gaussian_nll(s_and_r, self.predict_directly(o, a, s)).mean()  # Eq. (6)
 
         # Deviation D3. The heads learn from what a rollout would show after this step; no gradient
-        # flows back through it. With draw_zeros the zeros of s' are the recorded ones: given to
-        # `decide` as `draw`, 0 makes a zero and 1 does not.
+        # flows back through it.
         with torch.no_grad():
-            draw = (batch.next_state != 0).to(s) if self.draw_zeros else None  # Deviation D11
-            s_seen = self.standardise("state", self.decide("state", deduced[0], draw))
+            s_seen = self.standardise("state", self.decide("state", deduced[0]))
             shown = self.look(s_seen, deduced[1]) if self.observe == "deduced" else predicted
             o_seen = self.standardise("obs", self.decide("obs", shown))
         loss_end, loss_avail = self.head_losses(o_seen, s_seen, batch)
@@ -325,11 +308,9 @@ class LogoWM(nn.Module):
     # ---------------------------------------------------------------------------------- using it
 
     @torch.no_grad()
-    def step(self, obs, state, actions, draw=None) -> dict[str, torch.Tensor]:
+    def step(self, obs, state, actions) -> dict[str, torch.Tensor]:
         """All predictions for one step from raw (o, s, a); raw units, not clamped.
 
-        Args:
-            draw: (B,1), for each row: what becomes 0 in s', see `decide`; None: the likelier.
         Returns:
             next_obs (B,N,O), next_state (B,S): see `decide`; mean_obs, mean_state: their expected
             values; reward (B,) expected, and what it is if the episode goes on or ends there:
@@ -343,7 +324,7 @@ class LogoWM(nn.Module):
         s_hat, r_hat = self.predict_directly(o, a, s).split([s.shape[-1], 1], -1)
         mean_state = self.mean("state", s_prime)
         u = (s_hat - mean_state).norm(dim=-1)  # Eq. (5)
-        next_state = self.decide("state", s_prime, draw)
+        next_state = self.decide("state", s_prime)
         s_seen = self.standardise("state", next_state)
         if self.observe == "deduced":  # Deviation D22
             predicted = self.look(s_seen, r_prime)
@@ -394,7 +375,7 @@ class LogoWM(nn.Module):
             policy: (obs (B,N,O), avail (B,N,A) or None, generator) -> actions (B,N,A).
             starts: a `buffer.Batch` of B real transitions, of which o, s and avail are used.
             horizon: H.
-            generator: of the policy's actions, of what becomes 0 (D11), and of when rollouts end.
+            generator: of the policy's actions, and of when rollouts end.
         Returns:
             obs (H+1,B,N,O), state (H+1,B,S), avail (H+1,B,N,A) if discrete, actions (H,B,N,A), and
             reward, terminated, uncertainty, valid (H,B); valid is 1 up to and including the
@@ -408,7 +389,7 @@ class LogoWM(nn.Module):
         valid = torch.ones_like(state[:, 0])  # (B,)
         for _ in range(horizon):
             actions = policy(obs, avail, generator)
-            out = self.step(obs, state, actions, self.draw(state, generator))
+            out = self.step(obs, state, actions)
             obs, state, reward = out["next_obs"], out["next_state"], out["reward"]
             if self.clamp:  # Deviation D4
                 obs, state = self.clamp_to_data("obs", obs), self.clamp_to_data("state", state)

@@ -79,6 +79,9 @@ class Args:
     """D15: decoupled weight decay of the world model; paper: 0 [ours]"""
     deduce_from: Literal["obs", "obs+state", "obs+state+actions"] = "obs+state+actions"
     """D1: what R_d sees beside o_hat; paper: obs [Fig. 2]"""
+    shared_models: bool = False
+    """one set of weights for the local models of all agents, with biases of their own; no, as in the
+    paper: one each [ours]"""
     heads: bool = True
     """D3: learned heads for available actions and the episode's end; paper: no [ours]"""
     clamp: bool = True
@@ -86,9 +89,6 @@ class Args:
     inside that of its returns; paper: no [ours]"""
     zeros: bool = True
     """D11: entries that are exactly 0 at times have a probability of it; paper: no [ours]"""
-    draw_zeros: bool = False
-    """rollouts draw what becomes 0 in s' (D11), such as units that die; no: they take the likelier,
-    with which fewer die than in the data [ours]"""
     observe: Literal["deduced", "predicted"] = "deduced"
     """D22: what agents see in a rollout: E_d's o' of the deduced state, or o_hat; paper: predicted
     [ours]"""
@@ -198,7 +198,7 @@ def make_world_model(args: Args, spec: envs.Spec, data: OfflineDataset) -> LogoW
     return LogoWM(
         spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim, args.hidden, spec.discrete,
         data.statistics(), args.deduce_from, heads=args.heads, clamp=args.clamp, zeros=args.zeros,
-        draw_zeros=args.draw_zeros, observe=args.observe,
+        observe=args.observe, shared=args.shared_models,
     ).to(data.obs.device)  # fmt: skip
 
 

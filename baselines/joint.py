@@ -16,6 +16,7 @@ Sizes: B batch, N agents, O observation, S state, A action, H horizon, D = S + N
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -34,7 +35,7 @@ class JointRows(nn.Module):
     Args:
         spec: `envs.Spec` of the task. data: `OfflineDataset`, for its statistics.
         hidden: width of the heads is half of it.
-        zeros, heads, clamp: as in `LogoWM` (D11, D3, D4).
+        zeros, heads, clamp: as in `LogoWM` (D11, D3, D4). shared: so is the head of the actions.
     """
 
     standardise, restore = LogoWM.standardise, LogoWM.restore
@@ -43,14 +44,15 @@ class JointRows(nn.Module):
     register_statistics, head_losses = LogoWM.register_statistics, LogoWM.head_losses
     read_heads = LogoWM.read_heads
 
-    def __init__(self, spec, data, hidden: int, zeros=True, heads=True, clamp=True):
+    def __init__(self, spec, data, hidden, zeros=True, heads=True, clamp=True, shared=False):
         super().__init__()
         n, o, s, a = spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim
         self.sizes, self.discrete = (n, o, s, a), spec.discrete
         self.zeros, self.heads, self.clamp = zeros, heads, clamp
         self.num_inputs, self.num_values = s + n * o + n * a, s + n * o + 1
         self.size = self.num_values + zeros * (s + n * o)
-        self.avail_head = agent_mlp(n, o, hidden // 2, a) if spec.discrete else None
+        local = partial(agent_mlp, n, shared=shared)
+        self.avail_head = local(o, hidden // 2, a) if spec.discrete else None
         self.end_head = mlp(s, hidden // 2, 2)  # is s' the end, and its reward if it is
         self.register_statistics(n, o, s, data.statistics())
 
@@ -148,10 +150,8 @@ class JointRows(nn.Module):
     def imagine(self, step: Callable, policy, starts, horizon, generator) -> dict:
         """Rollouts as `LogoWM.imagine` makes them, with `step(obs, state, actions)` of a model."""
         model = SimpleNamespace(
-            step=lambda obs, state, actions, draw: step(obs, state, actions),
-            draw=lambda *_: None,  # --draw-zeros is LOGO's alone
-            heads=self.heads, clamp=self.clamp, clamp_to_data=self.clamp_to_data,
-        )  # fmt: skip
+            step=step, heads=self.heads, clamp=self.clamp, clamp_to_data=self.clamp_to_data
+        )
         return LogoWM.imagine(model, policy, starts, horizon, generator)
 
 

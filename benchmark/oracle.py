@@ -179,7 +179,7 @@ class Oracle(nn.Module):
             actions = policy(obs, avail, generator)
             out = {"uncertainty": 0 * valid}
             if theirs:
-                out = model.step(obs, state, actions, model.draw(state, generator))
+                out = model.step(obs, state, actions)
             now = self.simulator.step(actions.cpu().numpy())
             true = {k: torch.tensor(getattr(now, k), dtype=torch.float32, device=obs.device)
                     for k in ("obs", "state", "reward", "terminated", "truncated")}  # fmt: skip

@@ -89,10 +89,11 @@ def make_model(args: dict, data: OfflineDataset, weights: dict) -> LogoWM:
         ValueError: the weights are of another model.
     """
     (n, o), s, a = data.obs.shape[1:], data.state.shape[1], data.actions.shape[-1]
-    names = ("deduce_from", "heads", "clamp", "zeros", "draw_zeros", "observe")
+    names = ("deduce_from", "heads", "clamp", "zeros", "observe")
     sizes = n, o, s, a, args["hidden"], data.avail is not None, data.statistics()
     try:
-        model = LogoWM(*sizes, **{k: args[k] for k in names})
+        flags = {k: args[k] for k in names} | {"shared": args["shared_models"]}
+        model = LogoWM(*sizes, **flags)
         model.load_state_dict(weights)
     except (KeyError, RuntimeError) as e:
         raise ValueError(f"its world model is not a LogoWM: {' '.join(str(e).split())}.") from e

@@ -80,10 +80,6 @@ def check_args(args) -> None:
         )
     if args.uncertainty == "penalty" and args.u_scale == 0:
         raise ValueError("--uncertainty penalty: give --u-scale, 1 / lambda of Eq. (1), e.g. 0.2.")
-    if args.draw_zeros and not args.zeros:
-        raise ValueError(
-            "--draw-zeros needs the probabilities that --no-zeros leaves out: give one of them."
-        )
     if args.critic == "none" and args.synthetic_fraction > 0:
         raise ValueError("--critic none clones real data: it needs --synthetic-fraction 0.")
     if args.track and importlib.util.find_spec("wandb") is None:

@@ -29,9 +29,7 @@ B, N, O, S, A, HIDDEN = 5, 3, 4, 6, 3, 7  # noqa: E741
 CLOSE = {"rel": 1e-10, "abs": 1e-10}
 DEDUCE_FROM = ("obs", "obs+state", "obs+state+actions")
 zeros_or_not = pytest.mark.parametrize("zeros", [True, False])
-drawn_or_not = pytest.mark.parametrize(
-    ("zeros", "draw_zeros"), [(True, False), (True, True), (False, False)]
-)
+shared_or_not = pytest.mark.parametrize("shared", [True, False])
 heads_or_not = pytest.mark.parametrize("heads", [True, False])
 either_sight = pytest.mark.parametrize("observe", ["deduced", "predicted"])
 
@@ -95,7 +93,9 @@ def perceptron(net, x: np.ndarray, member: int | None = None) -> np.ndarray:
         if member is None:
             x = array(layer.weight) @ x + array(layer.bias)
         else:
-            x = array(layer.weight[member]).T @ x + array(layer.bias[member, 0])
+            shared = len(layer.weight) == 1  # one matrix for all agents
+            matrix = array(layer.weight[0 if shared else member])
+            x = matrix.T @ x + array(layer.bias[member, 0])
         if k < len(layers) - 1:
             x = np.maximum(x, 0.0)
     return x
@@ -166,18 +166,12 @@ class NaiveWorldModel:
             ]
         )
 
-    def decide(self, guess: Guess, draw: float = 0.5) -> np.ndarray:
-        """0 where its probability is above `draw`, else the mean, raw; 0.5: the likelier."""
+    def decide(self, guess: Guess) -> np.ndarray:
+        """The likelier of 0 and the mean, raw."""
         value = self.raw(guess.name, guess.value, guess.agent)
         return np.array(
-            [0.0 if p is not None and 1 - p > draw else value[j] for j, p in enumerate(guess.p)]
+            [0.0 if p is not None and p < 0.5 else value[j] for j, p in enumerate(guess.p)]
         )
-
-    def as_recorded(self, guess: Guess, truth: np.ndarray) -> np.ndarray:
-        """0 where `truth` is, if that may be, else the mean, raw."""
-        value = self.raw(guess.name, guess.value, guess.agent)
-        zero = [p is not None and truth[j] == 0 for j, p in enumerate(guess.p)]
-        return np.where(zero, 0.0, value)
 
     def minus_log_likelihood(self, guess: Guess, b: int) -> float:
         """-log of the density at what was recorded after row b, Gaussians as minus_log_normal."""
@@ -236,16 +230,11 @@ class NaiveWorldModel:
     def s_and_r(self, b: int) -> np.ndarray:
         return np.append(self.s_next[b], self.r[b])
 
-    def one_step(self, b: int, draw: float = 0.5, recorded: bool = False) -> SimpleNamespace:
-        """What a rollout consists of: s' decided, what the agents see of it, and the heads.
-
-        recorded: the zeros of s' are those of the data, with which the heads are trained.
-        """
+    def one_step(self, b: int) -> SimpleNamespace:
+        """What a rollout consists of: s' decided, what the agents see of it, and the heads."""
         joint = [self.encode_p(b, i) for i in range(N)]
         state, r = self.decode_d(b, joint)
-        next_state = self.decide(state, draw)
-        if recorded:
-            next_state = self.as_recorded(state, array(self.batch.next_state[b]))
+        next_state = self.decide(state)
         s_seen = self.standard("state", next_state)
         seen = joint
         if self.m.observe == "deduced":
@@ -375,14 +364,15 @@ def test_without_zeros_and_heads_eq_3_and_4_are_the_papers():
 
 @heads_or_not
 @either_sight
-@drawn_or_not
+@zeros_or_not
+@shared_or_not
 @pytest.mark.parametrize("deduce_from", DEDUCE_FROM)
-def test_eq_5_and_a_step_equal_a_loop(deduce_from, zeros, draw_zeros, observe, heads):
-    model, batch, naive = build(deduce_from, zeros=zeros, observe=observe, heads=heads)
-    draw = torch.linspace(0.05, 0.95, B).unsqueeze(1) if draw_zeros else None
-    out = model.step(batch.obs, batch.state, batch.actions, draw)
+def test_eq_5_and_a_step_equal_a_loop(deduce_from, shared, zeros, observe, heads):
+    options = {"zeros": zeros, "observe": observe, "heads": heads, "shared": shared}
+    model, batch, naive = build(deduce_from, **options)
+    out = model.step(batch.obs, batch.state, batch.actions)
     for b in range(B):
-        now, direct = naive.one_step(b, draw[b].item() if draw_zeros else 0.5), naive.encode_ps(b)
+        now, direct = naive.one_step(b), naive.encode_ps(b)
         mean_state = naive.mean(now.state)
         u = math.sqrt(sum((direct[j] - mean_state[j]) ** 2 for j in range(S)))
         end = sigmoid(now.end_logit) if heads else 0.0
@@ -417,16 +407,13 @@ def test_a_step_decides_between_0_and_the_mean(observe):
         assert not (array(out[f"mean_{name}"]) == 0).any()
 
 
-@drawn_or_not
+@zeros_or_not
 @either_sight
 @pytest.mark.parametrize("clamp", [True, False])
 @heads_or_not
 @pytest.mark.parametrize("discrete", [True, False])
-def test_a_rollout_equals_a_loop_of_single_steps(
-    discrete, heads, clamp, observe, zeros, draw_zeros
-):
-    options = {"heads": heads, "clamp": clamp, "observe": observe}
-    options |= {"zeros": zeros, "draw_zeros": draw_zeros}
+def test_a_rollout_equals_a_loop_of_single_steps(discrete, heads, clamp, observe, zeros):
+    options = {"heads": heads, "clamp": clamp, "observe": observe, "zeros": zeros}
     model, batch, naive = build(discrete=discrete, **options)
     with torch.no_grad():
         model.end_head[-1].bias[0] -= 1.0  # so that some rollouts end, and some do not
@@ -456,8 +443,7 @@ def test_a_rollout_equals_a_loop_of_single_steps(
         assert all(torch.equal(out[name][h], x) for name, x in now.items())
         assert torch.equal(asked[h][0], obs)
         assert torch.equal(asked[h][1], avail) if discrete else asked[h][1] is None
-        draw = torch.rand(B, 1, generator=again) if draw_zeros else None
-        step = model.step(obs, state, actions[h], draw)
+        step = model.step(obs, state, actions[h])
         assert torch.equal(out["actions"][h], actions[h])
         assert torch.equal(out["uncertainty"][h], step["uncertainty"])
         draws = torch.rand(B, generator=again) if heads else torch.zeros(B)
@@ -489,35 +475,15 @@ def test_rollouts_end_with_the_predicted_probability(probability):
     assert torch.equal(out["valid"][1], 1 - out["terminated"][0])
 
 
-@pytest.mark.parametrize("draw_zeros", [True, False])
-def test_the_expected_reward_is_what_rollouts_receive_on_average(draw_zeros):
-    model, batch, _ = build(clamp=False, draw_zeros=draw_zeros)
+def test_the_expected_reward_is_what_rollouts_receive_on_average():
+    model, batch, _ = build(clamp=False)
     step = model.step(batch.obs, batch.state, batch.actions)
-    expected = step["reward"]
-    if draw_zeros:  # over all draws of what becomes 0
-        draws = ((torch.arange(500) + 0.5) / 500).repeat(B, 1)
-        steps = [model.step(batch.obs, batch.state, batch.actions, x[:, None]) for x in draws.T]
-        expected = torch.stack([x["reward"] for x in steps]).mean(0)
-        assert not torch.allclose(expected, step["reward"])
     many = Batch(*(x.repeat_interleave(4000, 0) for x in batch))
     out = model.imagine(lambda *_: many.actions, many, 1, torch.Generator().manual_seed(0))
     received = out["reward"][0].view(B, -1).mean(1)
     spread = (step["last_reward"] - step["continuing_reward"]).abs()
     assert (spread > 0.1).any()
-    tolerance = 4 * 0.5 * spread / 4000**0.5 + (0.02 if draw_zeros else 0.0)
-    assert ((received - expected).abs() <= tolerance).all()
-
-
-def test_what_becomes_0_in_a_rollout_is_drawn_with_one_number():
-    model, batch, naive = build(clamp=False, draw_zeros=True)
-    many = Batch(*(x.repeat_interleave(4000, 0) for x in batch))
-    out = model.imagine(lambda *_: many.actions, many, 1, torch.Generator().manual_seed(0))
-    is_zero = (out["state"][1] == 0).double().view(B, -1, S)
-    for b in range(B):
-        p = [0.0 if p is None else 1 - p for p in naive.one_step(b).state.p]
-        assert array(is_zero[b].mean(0)) == pytest.approx(p, abs=0.03)
-        in_order = is_zero[b][:, sorted(range(S), key=lambda j: -p[j])]
-        assert (in_order.diff(dim=1) <= 0).all()  # the likelier ones come with each
+    assert ((received - step["reward"]).abs() <= 4 * 0.5 * spread / 4000**0.5).all()
 
 
 @zeros_or_not
@@ -529,15 +495,16 @@ def test_eq_6_equals_a_loop_over_rows(zeros):
 
 @heads_or_not
 @either_sight
-@drawn_or_not
+@zeros_or_not
+@shared_or_not
 @pytest.mark.parametrize("discrete", [True, False])
-def test_the_objective_is_the_sum_of_its_parts(discrete, zeros, draw_zeros, observe, heads):
-    options = {"zeros": zeros, "draw_zeros": draw_zeros, "observe": observe, "heads": heads}
+def test_the_objective_is_the_sum_of_its_parts(discrete, shared, zeros, observe, heads):
+    options = {"shared": shared, "zeros": zeros, "observe": observe, "heads": heads}
     model, batch, naive = build(discrete=discrete, **options)
     total, parts = model.loss(batch)
     end = avail = 0.0
     for b in range(B):
-        now = naive.one_step(b, recorded=draw_zeros)
+        now = naive.one_step(b)
         end += cross_entropy(now.end_logit, batch.terminated[b]) / B
         if batch.terminated[b] == 1:
             end += minus_log_normal([naive.r[b]], [now.last_r]) / B
@@ -983,13 +950,10 @@ def test_estimated_log_sum_exp_equals_a_loop():
 # ------------------------------------------------------------------------------------- endings
 
 
-@pytest.mark.parametrize("draw_zeros", [True, False])
 @either_sight
-def test_the_heads_learn_from_what_step_shows_them(observe, draw_zeros):
-    model, batch, _ = build(observe=observe, draw_zeros=draw_zeros)
-    came_true = (batch.next_state != 0).double()  # the zeros of the recording, as if drawn
-    draw = came_true if draw_zeros else None
-    out = model.step(batch.obs, batch.state, batch.actions, draw)
+def test_the_heads_learn_from_what_step_shows_them(observe):
+    model, batch, _ = build(observe=observe)
+    out = model.step(batch.obs, batch.state, batch.actions)
     _, parts = model.loss(batch)
     r, last_r = (model.standardise("reward", x) for x in (batch.reward, out["last_reward"]))
     expected = F.binary_cross_entropy(out["terminated"], batch.terminated)

@@ -273,7 +273,7 @@ def test_a_clone_does_not_wait_for_a_critic():
 
 FLAGS = [
     "--deduce-from obs", "--deduce-from obs+state", "--no-heads", "--no-clamp", "--no-zeros",
-    "--draw-zeros",
+    "--shared-models",
     "--observe predicted", "--imagined-rows printed", "--n-step 1",
     "--uncertainty penalty", "--uncertainty shuffled", "--uncertainty none",
     "--no-shared-actor", "--critic-first 0",
@@ -403,7 +403,6 @@ BAD = {
     "--critic-first 1.5": "--critic-first is 1.5",
     "--n-step 0": "--n-step is 0",
     "--hidden 1": "--hidden is 1: give 2 to",
-    "--draw-zeros --no-zeros": "give one of them",
     "--critic none": "--synthetic-fraction 0",
     "--env-id 2s3z": "recorded on 3s_vs_5z",
     "--dataset nothing.h5": "nothing.h5",
