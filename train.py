@@ -80,8 +80,8 @@ class Args:
     deduce_from: Literal["obs", "obs+state", "obs+state+actions"] = "obs+state+actions"
     """D1: what R_d sees beside o_hat; paper: obs [Fig. 2]"""
     shared_models: bool = False
-    """one set of weights for the local models of all agents, with biases of their own; no, as in the
-    paper: one each [ours]"""
+    """one set of weights for the local models of all agents, with biases of their own; no, as in
+    the paper: one each [ours]"""
     heads: bool = True
     """D3: learned heads for available actions and the episode's end; paper: no [ours]"""
     clamp: bool = True
