@@ -162,7 +162,7 @@ def make_world_model(args: Args, spec, data) -> Ensemble:
 
 def _self_check():
     """The small world of joint.py."""
-    check(lambda spec, data: Ensemble(JointRows(spec, data, 64), hidden=64, members=3))
+    check(lambda spec, data: Ensemble(JointRows(spec, data, 64), hidden=64, members=3), updates=300)
 
 
 if __name__ == "__main__":

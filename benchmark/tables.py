@@ -55,8 +55,9 @@ IMAGINATION = {
     *("--shared-models", "--horizon", "--uncertainty", "--u-scale", "--wm-updates", "--wm-lr"),
     *("--wm-batch-size", "--wm-weight-decay", "--deduce-from", "--no-heads", "--no-zeros"),
     *("--observe", "--epsilon", "--rollout-batch-size", "--rollout-interval", "--cap"),
-    *("--imagined-rows", "--draw-zeros"),  # the last was removed after 382dd8b
+    "--imagined-rows",
 }
+REMOVED = {"--draw-zeros"}  # of them, in rows of commits before 960bb6b alone
 NAMES = {  # a method that is not here: its key
     "logo": "LOGO",
     "macql": "MACQL",
@@ -250,7 +251,7 @@ def gains(groups: Groups, plain: bool) -> str:
     """
     lines = []
     for (cell, variant, method), runs in groups.items():
-        theirs = "" if set(re.findall(r"--[a-z-]+", variant)) <= IMAGINATION else variant
+        theirs = "" if set(re.findall(r"--[a-z-]+", variant)) <= IMAGINATION | REMOVED else variant
         other = groups.get((cell, theirs, "macql"))
         if method != "logo" or not other or plain != (variant == ""):
             continue

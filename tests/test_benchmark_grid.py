@@ -208,6 +208,7 @@ def test_variants_are_an_axis_with_folders_of_its_own(tmp_path):
 def test_flags_of_imagination_are_train_pys():
     known = {f"--{k.replace('_', '-')}" for k in vars(train.Args())}
     assert {x.replace("--no-", "--") for x in tables.IMAGINATION} <= known
+    assert not tables.REMOVED & known
 
 
 def test_a_new_row_replaces_the_same_experiment(tmp_path):
