@@ -16,7 +16,6 @@ Sizes: B batch, N agents, O observation, S state, A action, H horizon, D = S + N
 """
 
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -51,8 +50,8 @@ class JointRows(nn.Module):
         self.zeros, self.heads, self.clamp = zeros, heads, clamp
         self.num_inputs, self.num_values = s + n * o + n * a, s + n * o + 1
         self.size = self.num_values + zeros * (s + n * o)
-        local = partial(agent_mlp, n, shared=shared)
-        self.avail_head = local(o, hidden // 2, a) if spec.discrete else None
+        head = (n, o, hidden // 2, a)
+        self.avail_head = agent_mlp(*head, shared=shared) if spec.discrete else None
         self.end_head = mlp(s, hidden // 2, 2)  # is s' the end, and its reward if it is
         self.register_statistics(n, o, s, data.statistics())
 
