@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import math
 import re
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from conftest import TINY
 from faults import battles
 from test_sync import make_data
@@ -212,34 +210,10 @@ def trained(
 
 @pytest.mark.parametrize("discrete", [True, False])
 def test_traced_and_eager_training_are_equal(discrete):
-    """What torch.compile traces, without the C++ that it would write (which takes a minute)."""
+    """What torch.compile traces; the C++ that it would write takes a minute."""
     (traced, noted), (eager, plain) = (trained(discrete, x) for x in ("eager", None))
     torch.testing.assert_close(torch.stack(noted), torch.stack(plain), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler"
-)
-def test_compiled_and_eager_cloning_are_equal():
-    """The smallest loss, all the way to the C++."""
-    torch.compiler.reset()
-    data, spec = make_data(True)
-    learner = train.make_learner(train.Args(hidden=8, updates=8), spec, data)
-    batch = data.sample(16, torch.Generator().manual_seed(0))
-    compiled = torch.compile(macql.policy_loss)
-    ones = torch.ones(16)
-    for _ in range(2):
-        losses = [
-            f(learner.actor, None, batch, ones, 1.0)[0] for f in (compiled, macql.policy_loss)
-        ]
-        grads = [torch.autograd.grad(x, list(learner.actor.parameters())) for x in losses]
-        torch.testing.assert_close(*losses)
-        torch.testing.assert_close(*grads)
-        with torch.no_grad():
-            for p, g in zip(learner.actor.parameters(), grads[0], strict=True):
-                p -= 0.1 * g
-    assert F.relu(losses[0]) > 0
 
 
 @pytest.mark.parametrize("discrete", [True, False])
