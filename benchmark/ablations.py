@@ -1,5 +1,5 @@
-"""Tables of the paper's ablations: the use of the uncertainty (Table 6), the horizon (Table 7); and
-one of the size of the data.
+"""Tables of the paper's ablations: the use of the uncertainty (Table 6), the horizon (Table 7); one
+of the size of the data, and one of every departure from the paper.
 
 python -m benchmark grid --methods logo --env-ids Hopper-3x1 --qualities medium --results mine.csv
     --variants="; --uncertainty none; --uncertainty shuffled; --uncertainty penalty --u-scale 30"
@@ -7,9 +7,12 @@ python -m benchmark grid --methods logo direct --env-ids 6h_vs_8z --results mine
     --variants="; --horizon 5; --horizon 10; --horizon 20"
 python -m benchmark grid --env-ids 3s_vs_5z --qualities medium-replay --results mine.csv
     --variants="; --episodes 60; --episodes 200"
+python -m benchmark grid --methods logo --env-ids 3s_vs_5z --qualities medium-replay --seeds 101
+    --results mine.csv --variants="; --deduce-from obs; --no-heads; --no-clamp"
 """
 
 import re
+from collections import Counter
 
 from behaviour import default_episodes
 from benchmark.markdown import code, table
@@ -23,6 +26,15 @@ USES = {  # of u, by how a variant begins
     "--uncertainty none": "no use of u",
     "--uncertainty penalty": "penalty on the reward",
 }
+DEPARTURES = {  # what takes one back, as a variant is spelled: its id in docs/deviations.md
+    "--deduce-from obs": "D1", "--no-heads": "D3", "--no-clamp": "D4",
+    "--conservative expectation": "D5", "--backup max": "D6", "--critics 1": "D7",
+    "--imagined-rows printed": "D8", "--no-zeros": "D11", "--no-shared-actor": "D14",
+    "--wm-lr 0.001 --wm-weight-decay 0": "D15", "--epsilon 0": "D16", "--bc-lambda 1": "D17",
+    "--no-warm-start": "D18", "--tau 1": "D19", "--u-scale 1": "D20",
+    "--observe predicted": "D22", "--critic-first 0": "D26", "--imagined-rows instead": "D27",
+    "--n-step 1": "D28", "--paper": "all",
+}  # fmt: skip
 
 
 def returns(runs: dict | None) -> str:
@@ -111,3 +123,26 @@ def sizes(groups: dict) -> str:
             text.append([*cell, episodes, cloning, returns(macql), returns(logo), ", ".join(gains)])
     columns = ["episodes", "behaviour cloning", "MACQL", "LOGO", "LOGO - MACQL, by seed"]
     return table(["task", "simulator", "data", "flags", *columns], text)
+
+
+def departures(groups: dict) -> str:
+    """One line per departure from the paper: how much more LOGO returns without it, cell by cell.
+
+    Args:
+        groups: of `tables.group`.
+    """
+    logo = {(cell, variant): runs for (cell, variant, method), runs in groups.items()
+            if method == "logo" and variant in ("", *DEPARTURES)}  # fmt: skip
+    several = Counter(cell for cell, _ in logo)
+    cells = [cell for cell, variant in logo if not variant and several[cell] > 2]
+    lines = [["none", "", *(returns(logo[cell, ""]) for cell in cells)]]
+    for variant, name in DEPARTURES.items():
+        line = []
+        for cell in cells:
+            usual, runs = logo[cell, ""], logo.get((cell, variant), {})
+            more = [runs[k].return_mean - usual[k].return_mean for k in runs if k in usual]
+            told = f"{sum(more) / len(more):+.2f}" if more else "not run"
+            told += f" ({', '.join(f'{x:+.2f}' for x in more)})" if len(more) > 1 else ""
+            line.append(told)
+        lines.append([name, code(variant), *line])
+    return table(["id", "taken back by", *(f"{c.env_id} {c.quality}" for c in cells)], lines)

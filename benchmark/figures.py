@@ -176,7 +176,7 @@ def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
     """A PNG with one column per cell: returns by what D_m holds, and values by depth below.
 
     Of a cell's variants that can still be run, the one in which D_m was filled in the most ways is
-    drawn in colour, all others in grey.
+    drawn in colour, the others with the true simulator in grey.
 
     Raises:
         ValueError: no run had the true simulator in the world model's place.
@@ -197,7 +197,7 @@ def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
         ax = axes[0, column]
         for (other, variant, method), runs in groups.items():
             scores = [row.return_mean for row in runs.values()]
-            if other == cell:
+            if other == cell and variant in tried[cell]:
                 place = methods.index("model" if method == "logo" else method)
                 here = variant == coloured
                 color = "C0" if here else "lightgrey"

@@ -13,7 +13,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from behaviour import Quality
-from benchmark.ablations import horizons, sizes, uncertainty
+from benchmark.ablations import departures, horizons, sizes, uncertainty
 from benchmark.grid import BASELINES, METHODS, ORACLES, WORLD_MODELS
 from benchmark.iqm import iqm_table
 from benchmark.markdown import code, fill_files, table
@@ -443,7 +443,8 @@ def tables(
     """
     rows, known = read(results, Result), read(errors, Error)
     made = results_tables(rows)
-    made |= ceiling_tables(group(read(ceiling, Result)))
+    tuning = group(read(ceiling, Result))
+    made |= ceiling_tables(tuning) | {"departures": departures(tuning)}
     made["errors"] = errors_table(known)
     made["horizons"] = horizons(group(rows), known, NAMES)
     made["speed"] = speed_tables(read(timings, Row))

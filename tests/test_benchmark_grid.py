@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -19,6 +20,8 @@ import scipy.stats
 import train
 from benchmark import __main__ as command_line
 from benchmark import figures, grid, iqm, launchers, tables
+from benchmark.ablations import DEPARTURES
+from benchmark.grid import variant
 from benchmark.markdown import fill, fill_files
 from benchmark.rows import ROOT, Depth, Error, Result, key_of, read, record, result, write
 from experiment.tracking import plain
@@ -423,6 +426,33 @@ def test_sizes_of_the_data_stand_below_each_other():
     assert usual[2].endswith("(1)") and usual[3].endswith("(2)")
 
 
+def test_departures_are_compared_with_the_default_seed_by_seed():
+    rows = [
+        row(seed=1, mean=9.0), row(seed=2, mean=6.0), row("macql", mean=1.0, variant="--n-step 1"),
+        row(seed=2, mean=4.0, variant="--n-step 1"), row(seed=1, mean=8.0, variant="--n-step 1"),
+        row(seed=3, mean=99.0, variant="--n-step 1"), row(seed=1, mean=10.0, variant="--no-heads"),
+        row(seed=1, mean=0.0, variant="--n-step 1 --no-heads"), row(mean=1.0, env_id="2s3z"),
+    ]  # fmt: skip
+    header, _, usual, *lines = tables.departures(tables.group(rows)).splitlines()
+    assert "3s_vs_5z medium" in header and "2s3z" not in header and usual.endswith("(2) |")
+    by_id = {line.split()[1]: line.split("|")[3].strip() for line in lines}
+    assert by_id["D28"] == "-1.50 (-1.00, -2.00)" and by_id["D3"] == "+1.00"
+    assert {x for k, x in by_id.items() if k not in ("D3", "D28")} == {"not run"}
+
+
+def test_every_departure_with_a_flag_has_its_line():
+    text = (ROOT / "docs" / "deviations.md").read_text()
+    column = dict(re.findall(r"^\| (D\d+) \|[^|]*\|[^|]*\| `(--[^`]*)`", text, re.M))
+    flags = {name: flag for name, flag in column.items() if flag != "--paper"}
+    assert set(DEPARTURES.values()) == {*flags, "all"}
+    usual = train.parse([])
+    for spelled, name in DEPARTURES.items():
+        asked = flags.get(name, "--paper")
+        against = train.parse(["--paper"]) if asked == "--paper" else usual
+        differs = variant(train.parse(asked.split()), against)
+        assert differs == spelled
+
+
 def test_the_ceiling_has_a_column_for_each_content_of_d_m():
     rows = [
         row("macql", mean=1.0), row("simulator", mean=2.0), row("simulator-end", mean=3.0),
@@ -506,7 +536,8 @@ def test_the_table_of_errors_has_room_for_every_quality():
 
 def test_the_texts_hold_the_tables_of_the_committed_rows():
     made = tables.results_tables(read(tables.RUNS, Result))
-    made |= tables.ceiling_tables(tables.group(read(tables.CEILING, Result)))
+    tuning = tables.group(read(tables.CEILING, Result))
+    made |= tables.ceiling_tables(tuning) | {"departures": tables.departures(tuning)}
     errors, groups = read(tables.ERRORS, Error), tables.group(read(tables.RUNS, Result))
     made["errors"] = tables.errors_table(errors)
     made["horizons"] = tables.horizons(groups, errors, tables.NAMES)
