@@ -140,9 +140,10 @@ def departures(groups: dict) -> str:
         line = []
         for cell in cells:
             usual, runs = logo[cell, ""], logo.get((cell, variant), {})
-            more = [runs[k].return_mean - usual[k].return_mean for k in runs if k in usual]
+            both = sorted(runs.keys() & usual.keys())
+            more = [runs[k].return_mean - usual[k].return_mean for k in both]
             told = f"{sum(more) / len(more):+.2f}" if more else "not run"
             told += f" ({', '.join(f'{x:+.2f}' for x in more)})" if len(more) > 1 else ""
             line.append(told)
         lines.append([name, code(variant), *line])
-    return table(["id", "taken back by", *(f"{c.env_id} {c.quality}" for c in cells)], lines)
+    return table(["id", "taken back by", *(" ".join(c) for c in cells)], lines)

@@ -434,7 +434,7 @@ def test_departures_are_compared_with_the_default_seed_by_seed():
         row(seed=1, mean=0.0, variant="--n-step 1 --no-heads"), row(mean=1.0, env_id="2s3z"),
     ]  # fmt: skip
     header, _, usual, *lines = tables.departures(tables.group(rows)).splitlines()
-    assert "3s_vs_5z medium" in header and "2s3z" not in header and usual.endswith("(2) |")
+    assert "3s_vs_5z smax medium" in header and "2s3z" not in header and usual.endswith("(2) |")
     by_id = {line.split()[1]: line.split("|")[3].strip() for line in lines}
     assert by_id["D28"] == "-1.50 (-1.00, -2.00)" and by_id["D3"] == "+1.00"
     assert {x for k, x in by_id.items() if k not in ("D3", "D28")} == {"not run"}
