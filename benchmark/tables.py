@@ -361,7 +361,8 @@ def ceiling_tables(groups: Groups) -> dict[str, str]:
     """One line per cell and variant: the return by what D_m is filled with, seed by seed.
 
     Returns:
-        `ceiling`: where the true simulator filled D_m in some run; `tuning`: the others.
+        `ceiling`: where the true simulator filled D_m in some run; `tuning`: the others;
+        `departures`: of those, LOGO's with a single departure taken back.
     """
     columns = {"ceiling": ORACLES, "tuning": ("model",)}
     cells: dict[tuple[Cell, str], dict[str, Runs]] = {}
@@ -383,7 +384,8 @@ def ceiling_tables(groups: Groups) -> dict[str, str]:
         numbers = ", ".join(map(str, seeds))
         lines[kind].append([*cell, code(variant), numbers, each(one, "clone_return"), *scores])
     header = ["task", "simulator", "data", "flags", "seeds", "cloning", "nothing (MACQL)"]
-    return {k: table([*header, *(NAMES[m] for m in columns[k])], lines[k]) for k in lines}
+    made = {k: table([*header, *(NAMES[m] for m in columns[k])], lines[k]) for k in lines}
+    return made | {"departures": departures(groups)}
 
 
 def errors_table(rows: list[Error]) -> str:
@@ -443,8 +445,7 @@ def tables(
     """
     rows, known = read(results, Result), read(errors, Error)
     made = results_tables(rows)
-    tuning = group(read(ceiling, Result))
-    made |= ceiling_tables(tuning) | {"departures": departures(tuning)}
+    made |= ceiling_tables(group(read(ceiling, Result)))
     made["errors"] = errors_table(known)
     made["horizons"] = horizons(group(rows), known, NAMES)
     made["speed"] = speed_tables(read(timings, Row))

@@ -536,8 +536,7 @@ def test_the_table_of_errors_has_room_for_every_quality():
 
 def test_the_texts_hold_the_tables_of_the_committed_rows():
     made = tables.results_tables(read(tables.RUNS, Result))
-    tuning = tables.group(read(tables.CEILING, Result))
-    made |= tables.ceiling_tables(tuning) | {"departures": tables.departures(tuning)}
+    made |= tables.ceiling_tables(tables.group(read(tables.CEILING, Result)))
     errors, groups = read(tables.ERRORS, Error), tables.group(read(tables.RUNS, Result))
     made["errors"] = tables.errors_table(errors)
     made["horizons"] = tables.horizons(groups, errors, tables.NAMES)
