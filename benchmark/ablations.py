@@ -14,6 +14,7 @@ python -m benchmark grid --methods logo --env-ids 3s_vs_5z --qualities medium-re
 import re
 from collections import Counter
 
+import train
 from behaviour import default_episodes
 from benchmark.markdown import code, table
 from benchmark.rows import Error, key_of
@@ -125,25 +126,42 @@ def sizes(groups: dict) -> str:
     return table(["task", "simulator", "data", "flags", *columns], text)
 
 
+def added_alone(spelled: str) -> str:
+    """The flags that add one departure to the paper's letter, from those that take it back."""
+    if spelled == "--imagined-rows printed":  # D8; "added" has D27 as well, which is not without
+        return "--paper --imagined-rows instead"
+    usual, back = train.Args(), re.findall(r"--(no-)?([\w-]+)", spelled)
+    values = [getattr(usual, name.replace("-", "_")) for _, name in back]
+    told = ["" if isinstance(x, bool) else " " + str(x).removesuffix(".0") for x in values]
+    return " ".join(["--paper", *(f"--{name}{x}" for (_, name), x in zip(back, told, strict=True))])
+
+
 def departures(groups: dict) -> str:
-    """One line per departure from the paper: how much more LOGO returns without it, cell by cell.
+    """One line per departure from the paper: what LOGO's return changes by, cell by cell, where it
+    alone is taken back, and where it alone is added to the paper's letter.
 
     Args:
         groups: of `tables.group`.
     """
     logo = {(cell, variant): runs for (cell, variant, method), runs in groups.items()
-            if method == "logo" and variant in ("", *DEPARTURES)}  # fmt: skip
-    several = Counter(cell for cell, _ in logo)
-    cells = [cell for cell, variant in logo if not variant and several[cell] > 2]
-    lines = [["none", "", *(returns(logo[cell, ""]) for cell in cells)]]
+            if method == "logo"}  # fmt: skip
+    several = Counter(cell for cell, variant in logo if variant in DEPARTURES)
+    cells = [cell for cell, variant in logo if not variant and several[cell] > 1]
+
+    def change(cell, variant: str, base: str) -> str:
+        usual, runs = logo.get((cell, base), {}), logo.get((cell, variant), {})
+        more = [runs[k].return_mean - usual[k].return_mean for k in sorted(runs.keys() & usual)]
+        told = f"{sum(more) / len(more):+.2f}" if more else "not run"
+        return told + (f" ({', '.join(f'{x:+.2f}' for x in more)})" if len(more) > 1 else "")
+
+    both = "", "--paper"
+    lines = [["none", "", *(returns(logo.get((cell, base))) for cell in cells for base in both)]]
     for variant, name in DEPARTURES.items():
-        line = []
+        line = [name, code(variant)]
         for cell in cells:
-            usual, runs = logo[cell, ""], logo.get((cell, variant), {})
-            both = sorted(runs.keys() & usual.keys())
-            more = [runs[k].return_mean - usual[k].return_mean for k in both]
-            told = f"{sum(more) / len(more):+.2f}" if more else "not run"
-            told += f" ({', '.join(f'{x:+.2f}' for x in more)})" if len(more) > 1 else ""
-            line.append(told)
-        lines.append([name, code(variant), *line])
-    return table(["id", "taken back by", *(" ".join(c) for c in cells)], lines)
+            alone = change(cell, added_alone(variant), "--paper") if name != "all" else ""
+            line += [change(cell, variant, ""), alone]
+        lines.append(line)
+    kinds = "taken back", "added to the letter"
+    columns = [f"{' '.join(cell)}: {kind}" for cell in cells for kind in kinds]
+    return table(["id", "taken back by", *columns], lines)

@@ -20,7 +20,7 @@ import scipy.stats
 import train
 from benchmark import __main__ as command_line
 from benchmark import figures, grid, iqm, launchers, tables
-from benchmark.ablations import DEPARTURES
+from benchmark.ablations import DEPARTURES, added_alone
 from benchmark.grid import variant
 from benchmark.markdown import fill, fill_files
 from benchmark.rows import ROOT, Depth, Error, Result, key_of, read, record, result, write
@@ -432,12 +432,17 @@ def test_departures_are_compared_with_the_default_seed_by_seed():
         row(seed=2, mean=4.0, variant="--n-step 1"), row(seed=1, mean=8.0, variant="--n-step 1"),
         row(seed=3, mean=99.0, variant="--n-step 1"), row(seed=1, mean=10.0, variant="--no-heads"),
         row(seed=1, mean=0.0, variant="--n-step 1 --no-heads"), row(mean=1.0, env_id="2s3z"),
+        row(seed=2, mean=0.5, variant="--paper"), row(seed=2, mean=2.0, variant="--paper --heads"),
+        row(seed=2, mean=0.0, variant="--paper --n-step 5"), row(mean=7.0, variant="--horizon 5"),
     ]  # fmt: skip
     header, _, usual, *lines = tables.departures(tables.group(rows)).splitlines()
-    assert "3s_vs_5z smax medium" in header and "2s3z" not in header and usual.endswith("(2) |")
-    by_id = {line.split()[1]: line.split("|")[3].strip() for line in lines}
-    assert by_id["D28"] == "-1.50 (-1.00, -2.00)" and by_id["D3"] == "+1.00"
-    assert {x for k, x in by_id.items() if k not in ("D3", "D28")} == {"not run"}
+    assert header.count("3s_vs_5z smax medium") == 2 and "2s3z" not in header
+    assert "(2) | 0.50" in usual
+    by_id = {line.split()[1]: [x.strip() for x in line.split("|")[3:-1]] for line in lines}
+    assert by_id["D28"] == ["-1.50 (-1.00, -2.00)", "-0.50"] and by_id["D3"] == ["+1.00", "+1.50"]
+    assert by_id["all"] == ["-5.50", ""]
+    others = [x for k, x in by_id.items() if k not in ("D3", "D28", "all")]
+    assert all(x == ["not run", "not run"] for x in others)
 
 
 def test_every_departure_with_a_flag_has_its_line():
@@ -451,6 +456,11 @@ def test_every_departure_with_a_flag_has_its_line():
         against = train.parse(["--paper"]) if asked == "--paper" else usual
         differs = variant(train.parse(asked.split()), against)
         assert differs == spelled
+        if name != "all":  # the letter with this departure alone, spelled as its row would be
+            added = train.parse(added_alone(spelled).split())
+            assert variant(added, train.parse(["--paper"])) == added_alone(spelled)
+            still = variant(dataclasses.replace(added, paper=False), usual).split()
+            assert name == "D8" or not {x for x in spelled.split() if x[:2] == "--"} & {*still}
 
 
 def test_the_ceiling_has_a_column_for_each_content_of_d_m():
