@@ -84,9 +84,9 @@ class OfflineDataset:
         holdout: share of the episodes that `sample` never draws from; at least one, never all.
         seed: of the choice of held-out episodes.
     Raises:
-        ValueError: fewer than two episodes, lengths that do not add up to R, a column of another
-            type or shape or with NaN, or an agent without an available action in any row, final
-            ones included.
+        ValueError: fewer than two episodes or one without a transition, lengths that do not add up
+            to R, a column of another type or shape or with NaN, or an agent without an available
+            action in any row, final ones included.
     """
 
     def __init__(
@@ -95,6 +95,8 @@ class OfflineDataset:
         lengths = torch.as_tensor(lengths)
         if len(lengths) < 2:
             raise ValueError(f"{len(lengths)} episodes: at least two are needed, one is held out.")
+        if (lengths < 1).any():
+            raise ValueError("lengths: an episode has no transition.")
         rows = int(lengths.sum()) + len(lengths)
         if rows != len(obs):
             raise ValueError(f"lengths need {rows} rows, not {len(obs)}.")
@@ -190,8 +192,8 @@ class SyntheticBuffer:
         device: where the rows are kept.
         discrete: rows have a mask of available actions.
         cap: C of Eq. (7): bound of P_u; exp(-C) is the smallest relative weight of a row.
-        u_scale: unit of u in P_u (the paper: 1); 0 takes a quarter of u's median on recorded
-            states, so that the weights do not depend on u's scale.
+        u_scale: unit of u in P_u (the paper: 1); 0 takes for each collection anew a quarter of u's
+            median on recorded states: u is compared within a collection, not between them.
         weighted: False samples every row alike (the ablation without Eq. (7)).
     """
 
@@ -254,7 +256,8 @@ class SyntheticBuffer:
         """`size` imagined transitions, each with probability w of Eq. (7), with replacement.
 
         Args:
-            steps, gamma: as in `gather`; several steps end with the rollout.
+            steps, gamma: as in `gather`; several steps end with the rollout. The weight of a row is
+                that of its first step alone.
         Raises:
             RuntimeError: nothing was added yet.
         """
@@ -295,7 +298,7 @@ class SyntheticBuffer:
 
 def shuffle_uncertainty(
     rollout: dict[str, torch.Tensor], generator: torch.Generator
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """u (H,M), at each step permuted among the rollouts that have not ended: a placebo for Eq. (7).
 
     Steps after a rollout's end keep apart: their u is of states that no longer count.

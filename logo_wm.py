@@ -243,7 +243,7 @@ class LogoWM(nn.Module):
         Args:
             batch: a `buffer.Batch`, raw units.
         Returns:
-            the loss (), and its parts detached: L_p, L_d, L_Rd, L_ps, L_end, L_avail.
+            the loss (), and its parts detached: L_p, L_d, L_Rd, L_ps; with heads L_end, L_avail.
         """
         o, s = self.standardise("obs", batch.obs), self.standardise("state", batch.state)
         s_next = self.standardise("state", batch.next_state)
@@ -252,10 +252,11 @@ class LogoWM(nn.Module):
         s_and_r = torch.cat([s_next, r.unsqueeze(-1)], -1)  # (B,S+1)
 
         def distance(deduced: tuple[Prediction, torch.Tensor]) -> torch.Tensor:
-            """|[s_next + r] - R_d|^2 (B,): without D11, nll is half of the squared distance."""
+            """|[s_next, r] - R_d|^2 (B,): without D11, nll is half of the squared distance."""
             s_prime, r_prime = deduced
-            error = (r - r_prime).square()  # Deviation D3: of the last step's, see end_head
-            error = error * (1 - batch.terminated) if self.heads else error
+            error = (r - r_prime).square()
+            if self.heads:  # Deviation D3: what an episode's last step pays is for end_head
+                error = error * (1 - batch.terminated)
             return 2 * self.nll("state", batch.next_state, s_prime) + error
 
         # Predictive model. The decoder's gradient reaches E_p: it is there to shape o_hat.
@@ -279,17 +280,14 @@ class LogoWM(nn.Module):
 
         loss_ps = gaussian_nll(s_and_r, self.predict_directly(o, a, s)).mean()  # Eq. (6)
 
-        # Deviation D3. The heads learn from what a rollout would show after this step; no gradient
-        # flows back through it.
-        with torch.no_grad():
-            s_seen = self.standardise("state", self.decide("state", deduced[0]))
-            shown = self.look(s_seen, deduced[1]) if self.observe == "deduced" else predicted
-            o_seen = self.standardise("obs", self.decide("obs", shown))
-        loss_end, loss_avail = self.head_losses(o_seen, s_seen, batch)
-        total = loss_p + loss_d + loss_rd + loss_ps + loss_end + loss_avail
         parts = {"L_p": loss_p, "L_d": loss_d, "L_Rd": loss_rd, "L_ps": loss_ps}
-        parts |= {"L_end": loss_end, "L_avail": loss_avail}
-        return total, {k: v.detach() for k, v in parts.items()}
+        if self.heads:  # Deviation D3
+            with torch.no_grad():  # they learn from what a rollout would show after this step
+                s_seen = self.standardise("state", self.decide("state", deduced[0]))
+                shown = self.look(s_seen, deduced[1]) if self.observe == "deduced" else predicted
+                o_seen = self.standardise("obs", self.decide("obs", shown))
+            parts["L_end"], parts["L_avail"] = self.head_losses(o_seen, s_seen, batch)
+        return sum(parts.values()), {k: v.detach() for k, v in parts.items()}
 
     def head_losses(self, o_seen, s_seen, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Deviation D3: cross-entropy of the end and half the squared error of its reward, and

@@ -344,7 +344,7 @@ def policy_loss(
     assert value.shape == distance.shape == (size,)
     cloning, value = (distance * rows).mean(), (value * rows).mean()
     # The paper prints what is maximised; this is minimised.
-    # Deviation D17: lambda is 0.1
+    # Deviation D17: bc_lambda is below the paper's 1
     loss = bc_lambda * cloning - value  # Eq. (12)
     return loss, {"q": value.detach(), "bc": cloning.detach()}
 

@@ -122,8 +122,8 @@ class Args:
     """imagined rows per step, as a share of B; 0 leaves MACQL [Sec. 4.3: half of the rows, which is
     0.5 with "instead" and 1 with "added"]"""
     imagined_rows: Literal["added", "instead", "printed"] = "added"
-    """D8, D27: beside B real rows, in the Bellman error alone; instead of some; or instead of some
-    and in the terms that print them; paper: printed [Algorithm 1]"""
+    """D8, D27: in the Bellman error alone, beside B real rows or instead of some; or instead of
+    some, in the terms that print them; paper: printed [Eq. 10, 12]"""
     lr: float = 1e-3
     """Adam's step size of policies, critic and clone [Table 8]"""
     hidden: int = 256

@@ -36,6 +36,9 @@ DEPARTURES = {  # what takes one back, as a variant is spelled: its id in docs/d
     "--observe predicted": "D22", "--critic-first 0": "D26", "--imagined-rows instead": "D27",
     "--n-step 1": "D28", "--paper": "all",
 }  # fmt: skip
+# What a departure that does not stand alone is compared with: D27 adds rows to those of D8
+WITHOUT = {"D8": ("--imagined-rows instead", "--paper"),
+           "D27": ("", "--paper --imagined-rows instead")}  # fmt: skip
 
 
 def returns(runs: dict | None) -> str:
@@ -128,7 +131,7 @@ def sizes(groups: dict) -> str:
 
 def added_alone(spelled: str) -> str:
     """The flags that add one departure to the paper's letter, from those that take it back."""
-    if spelled == "--imagined-rows printed":  # D8; "added" has D27 as well, which is not without
+    if spelled == "--imagined-rows printed":  # D8 without D27
         return "--paper --imagined-rows instead"
     usual, back = train.Args(), re.findall(r"--(no-)?([\w-]+)", spelled)
     values = [getattr(usual, name.replace("-", "_")) for _, name in back]
@@ -138,7 +141,7 @@ def added_alone(spelled: str) -> str:
 
 def departures(groups: dict) -> str:
     """One line per departure from the paper: what LOGO's return changes by, cell by cell, where it
-    alone is taken back, and where it alone is added to the paper's letter.
+    alone is taken back, and where it alone is added to the paper's letter (D27 with D8).
 
     Args:
         groups: of `tables.group`.
@@ -157,10 +160,10 @@ def departures(groups: dict) -> str:
     both = "", "--paper"
     lines = [["none", "", *(returns(logo.get((cell, base))) for cell in cells for base in both)]]
     for variant, name in DEPARTURES.items():
-        line = [name, code(variant)]
+        line, (usual, letter) = [name, code(variant)], WITHOUT.get(name, both)
         for cell in cells:
-            alone = change(cell, added_alone(variant), "--paper") if name != "all" else ""
-            line += [change(cell, variant, ""), alone]
+            alone = change(cell, added_alone(variant), letter) if name != "all" else ""
+            line += [change(cell, variant, usual), alone]
         lines.append(line)
     kinds = "taken back", "added to the letter"
     columns = [f"{' '.join(cell)}: {kind}" for cell in cells for kind in kinds]

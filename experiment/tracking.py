@@ -238,7 +238,10 @@ class Run:
             import wandb
 
             flags = plain(self.asked)
-            self._wandb = wandb.init(project="logo", name=self.folder.name, config=flags)
+            try:
+                self._wandb = wandb.init(project="logo", name=self.folder.name, config=flags)
+            except wandb.Error as e:
+                raise ValueError(f"--track: Weights & Biases did not start: {e}") from e
 
     def _write(self, phase: str, update: int, metrics: dict[str, float]) -> None:
         with self._csv.open("a") as f:
@@ -247,11 +250,14 @@ class Run:
         for k, v in metrics.items():
             self._tensorboard.add_scalar(f"{phase}/{k}", v, update)
         if self._wandb:
-            self._wandb.log({f"{phase}/{k}": v for k, v in metrics.items()})
+            named = {f"{phase}/{k}": v for k, v in metrics.items()}
+            self._wandb.log(named | {f"{phase}/update": update})
 
     def close(self) -> None:
-        """End TensorBoard's file."""
+        """End the logs of TensorBoard and Weights & Biases."""
         self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
 
     # ------------------------------------------------------------------------------- checkpoint
 

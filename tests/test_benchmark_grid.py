@@ -434,6 +434,10 @@ def test_departures_are_compared_with_the_default_seed_by_seed():
         row(seed=1, mean=0.0, variant="--n-step 1 --no-heads"), row(mean=1.0, env_id="2s3z"),
         row(seed=2, mean=0.5, variant="--paper"), row(seed=2, mean=2.0, variant="--paper --heads"),
         row(seed=2, mean=0.0, variant="--paper --n-step 5"), row(mean=7.0, variant="--horizon 5"),
+        row(seed=2, mean=5.0, variant="--imagined-rows instead"),
+        row(seed=2, mean=4.5, variant="--imagined-rows printed"),
+        row(seed=2, mean=1.5, variant="--paper --imagined-rows instead"),
+        row(seed=2, mean=2.5, variant="--paper --imagined-rows added"),
     ]  # fmt: skip
     header, _, usual, *lines = tables.departures(tables.group(rows)).splitlines()
     assert header.count("3s_vs_5z smax medium") == 2 and "2s3z" not in header
@@ -441,7 +445,8 @@ def test_departures_are_compared_with_the_default_seed_by_seed():
     by_id = {line.split()[1]: [x.strip() for x in line.split("|")[3:-1]] for line in lines}
     assert by_id["D28"] == ["-1.50 (-1.00, -2.00)", "-0.50"] and by_id["D3"] == ["+1.00", "+1.50"]
     assert by_id["all"] == ["-5.50", ""]
-    others = [x for k, x in by_id.items() if k not in ("D3", "D28", "all")]
+    assert by_id["D8"] == ["-0.50", "+1.00"] and by_id["D27"] == ["-1.00", "+1.00"]
+    others = [x for k, x in by_id.items() if k not in ("D3", "D8", "D27", "D28", "all")]
     assert all(x == ["not run", "not run"] for x in others)
 
 
