@@ -11,8 +11,10 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import h5py
 import numpy as np
@@ -422,6 +424,24 @@ def test_choices_are_told_by_the_command_line(go, capsys):
     with pytest.raises(SystemExit) as error:
         go("--quality", "perfect")
     assert error.value.code == 2 and "medium-replay" in capsys.readouterr().err
+
+
+def test_track_sends_metrics_with_their_update_and_ends(go, toy, monkeypatch):
+    sent, ended = [], []
+    wandb = ModuleType("wandb")
+    wandb.__spec__, wandb.Error = ModuleSpec("wandb", None), type("Error", (Exception,), {})
+    run = SimpleNamespace(log=sent.append, finish=lambda: ended.append(True))
+    wandb.init = lambda **flags: run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    go(*toy, "--track")
+    assert {"policy/update", "policy/q_td"} <= set().union(*sent) and ended == [True]
+
+    def refuse(**_):
+        raise wandb.Error("No API key configured.")
+
+    wandb.init = refuse
+    with pytest.raises(SystemExit, match="--track: .*No API key"):
+        go(*toy, "--track", out="other")
 
 
 def test_a_gpu_that_is_not_there_is_refused(go, monkeypatch):
