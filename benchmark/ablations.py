@@ -12,7 +12,6 @@ python -m benchmark grid --methods logo --env-ids 3s_vs_5z --qualities medium-re
 """
 
 import re
-from collections import Counter
 
 import train
 from behaviour import default_episodes
@@ -148,8 +147,8 @@ def departures(groups: dict) -> str:
     """
     logo = {(cell, variant): runs for (cell, variant, method), runs in groups.items()
             if method == "logo"}  # fmt: skip
-    several = Counter(cell for cell, variant in logo if variant in DEPARTURES)
-    cells = [cell for cell, variant in logo if not variant and several[cell] > 1]
+    cells = {cell for cell, variant in logo if variant in DEPARTURES}
+    cells = [cell for cell, variant in logo if not variant and cell in cells]
 
     def change(cell, variant: str, base: str) -> str:
         usual, runs = logo.get((cell, base), {}), logo.get((cell, variant), {})

@@ -13,7 +13,14 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from behaviour import Quality
-from benchmark.ablations import departures, horizons, sizes, uncertainty
+from benchmark.ablations import (
+    DEPARTURES,
+    added_alone,
+    departures,
+    horizons,
+    sizes,
+    uncertainty,
+)
 from benchmark.grid import BASELINES, METHODS, ORACLES, WORLD_MODELS
 from benchmark.iqm import iqm_table
 from benchmark.markdown import code, fill_files, table
@@ -361,8 +368,8 @@ def ceiling_tables(groups: Groups) -> dict[str, str]:
     """One line per cell and variant: the return by what D_m is filled with, seed by seed.
 
     Returns:
-        `ceiling`: where the true simulator filled D_m in some run; `tuning`: the others;
-        `departures`: of those, LOGO's with a single departure taken back.
+        `ceiling`: where the true simulator filled D_m in some run; `departures`: LOGO's with a
+        single departure taken back, or added to the paper's letter; `tuning`: the others.
     """
     columns = {"ceiling": ORACLES, "tuning": ("model",)}
     cells: dict[tuple[Cell, str], dict[str, Runs]] = {}
@@ -370,6 +377,7 @@ def ceiling_tables(groups: Groups) -> dict[str, str]:
         name = "model" if method == "logo" else method
         cells.setdefault((cell, variant), {}).setdefault(name, {}).update(runs)
     lines = {"ceiling": [], "tuning": []}
+    alone = {*DEPARTURES, *map(added_alone, DEPARTURES)}  # in a table of their own
     for (cell, variant), by_method in cells.items():
         seeds = sorted({seed for runs in by_method.values() for seed in runs})
         one = {k: r for runs in by_method.values() for k, r in runs.items()}  # a run of each seed
@@ -379,6 +387,12 @@ def ceiling_tables(groups: Groups) -> dict[str, str]:
             known = ["-" if x is None else f"{x:.2f}" for x in values]
             return ", ".join(known) if runs else ""
 
+        if (
+            by_method.keys() == {"model"}
+            and variant in alone
+            and "model" in cells.get((cell, ""), {})
+        ):
+            continue
         kind = "tuning" if by_method.keys() <= {"macql", "model"} else "ceiling"
         scores = [each(by_method.get(m, {})) for m in ("macql", *columns[kind])]
         numbers = ", ".join(map(str, seeds))
