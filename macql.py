@@ -160,10 +160,10 @@ class Critic(nn.Module):
         super().__init__()
         (n, o), s = obs_mean.shape, len(state_mean)
         self.discrete, self.critics = discrete, critics
-        self.standardise_obs = Standardise(obs_mean, obs_std)
         self.standardise_state = Standardise(state_mean, state_std)
-        self.register_buffer("agent_id", torch.eye(n))
         if discrete:
+            self.standardise_obs = Standardise(obs_mean, obs_std)
+            self.register_buffer("agent_id", torch.eye(n))
             self.from_state = StackedLinear(critics, s, hidden)
             self.from_obs = StackedLinear(critics, o + n, hidden)
             self.net = stacked_mlp(critics, hidden, hidden, action_dim)

@@ -136,7 +136,7 @@ class Planning:
         self.actor, self.ema_actor, self.critic = learner.actor, learner.ema_actor, learner.critic
         self.critic_loss, self.policy_loss = learner.critic_loss, learner.policy_loss
         self.parts = learner.parts
-        some = draw(torch.Generator(learner.critic.agent_id.device))  # for the shapes
+        some = draw(torch.Generator(learner.actor.agent_id.device))  # for the shapes
         agree = torch.zeros_like(some.reward[0])
         self.planned = {"obs": some.obs, "best": some.actions, "agree": agree}
         self.planned |= {} if some.avail is None else {"avail": some.avail}
