@@ -138,6 +138,28 @@ def added_alone(spelled: str) -> str:
     return " ".join(["--paper", *(f"--{name}{x}" for (_, name), x in zip(back, told, strict=True))])
 
 
+def changes(groups: dict) -> dict[tuple, str]:
+    """What LOGO's return changes by through one departure, seed by seed: by cell and flags, those
+    that take it back or add it to the letter, where there are runs to compare them with.
+
+    Args:
+        groups: of `tables.group`.
+    """
+    logo = {(cell, variant): runs for (cell, variant, method), runs in groups.items()
+            if method == "logo"}  # fmt: skip
+    base_of = {}
+    for variant, name in DEPARTURES.items():
+        base_of[variant], base_of[added_alone(variant)] = WITHOUT.get(name, ("", "--paper"))
+    found = {}
+    for (cell, variant), runs in logo.items():
+        usual = logo.get((cell, base_of.get(variant)), {})
+        both = sorted(runs.keys() & usual)
+        if more := [runs[seed].return_mean - usual[seed].return_mean for seed in both]:
+            each = f" ({', '.join(f'{x:+.2f}' for x in more)})" if len(more) > 1 else ""
+            found[cell, variant] = f"{sum(more) / len(more):+.2f}{each}"
+    return found
+
+
 def departures(groups: dict) -> str:
     """One line per departure from the paper: what LOGO's return changes by, cell by cell, where it
     alone is taken back, and where it alone is added to the paper's letter (D27 with D8).
@@ -145,24 +167,15 @@ def departures(groups: dict) -> str:
     Args:
         groups: of `tables.group`.
     """
-    logo = {(cell, variant): runs for (cell, variant, method), runs in groups.items()
-            if method == "logo"}  # fmt: skip
-    cells = {cell for cell, variant in logo if variant in DEPARTURES}
-    cells = [cell for cell, variant in logo if not variant and cell in cells]
-
-    def change(cell, variant: str, base: str) -> str:
-        usual, runs = logo.get((cell, base), {}), logo.get((cell, variant), {})
-        more = [runs[k].return_mean - usual[k].return_mean for k in sorted(runs.keys() & usual)]
-        told = f"{sum(more) / len(more):+.2f}" if more else "not run"
-        return told + (f" ({', '.join(f'{x:+.2f}' for x in more)})" if len(more) > 1 else "")
-
-    both = "", "--paper"
-    lines = [["none", "", *(returns(logo.get((cell, base))) for cell in cells for base in both)]]
+    found = changes(groups)
+    cells = [*dict.fromkeys(cell for cell, _ in found)]
+    bases = [groups.get((cell, base, "logo")) for cell in cells for base in ("", "--paper")]
+    lines = [["none", "", *map(returns, bases)]]
     for variant, name in DEPARTURES.items():
-        line, (usual, letter) = [name, code(variant)], WITHOUT.get(name, both)
+        line = [name, code(variant)]
         for cell in cells:
-            alone = change(cell, added_alone(variant), letter) if name != "all" else ""
-            line += [change(cell, variant, usual), alone]
+            alone = found.get((cell, added_alone(variant)), "not run") if name != "all" else ""
+            line += [found.get((cell, variant), "not run"), alone]
         lines.append(line)
     kinds = "taken back", "added to the letter"
     columns = [f"{' '.join(cell)}: {kind}" for cell in cells for kind in kinds]

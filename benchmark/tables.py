@@ -13,14 +13,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from behaviour import Quality
-from benchmark.ablations import (
-    DEPARTURES,
-    added_alone,
-    departures,
-    horizons,
-    sizes,
-    uncertainty,
-)
+from benchmark.ablations import changes, departures, horizons, sizes, uncertainty
 from benchmark.grid import BASELINES, METHODS, ORACLES, WORLD_MODELS
 from benchmark.iqm import iqm_table
 from benchmark.markdown import code, fill_files, table
@@ -377,7 +370,7 @@ def ceiling_tables(groups: Groups) -> dict[str, str]:
         name = "model" if method == "logo" else method
         cells.setdefault((cell, variant), {}).setdefault(name, {}).update(runs)
     lines = {"ceiling": [], "tuning": []}
-    alone = {*DEPARTURES, *map(added_alone, DEPARTURES)}  # in a table of their own
+    alone = changes(groups)  # in a table of their own
     for (cell, variant), by_method in cells.items():
         seeds = sorted({seed for runs in by_method.values() for seed in runs})
         one = {k: r for runs in by_method.values() for k, r in runs.items()}  # a run of each seed
@@ -387,11 +380,7 @@ def ceiling_tables(groups: Groups) -> dict[str, str]:
             known = ["-" if x is None else f"{x:.2f}" for x in values]
             return ", ".join(known) if runs else ""
 
-        if (
-            by_method.keys() == {"model"}
-            and variant in alone
-            and "model" in cells.get((cell, ""), {})
-        ):
+        if by_method.keys() == {"model"} and (cell, variant) in alone:
             continue
         kind = "tuning" if by_method.keys() <= {"macql", "model"} else "ceiling"
         scores = [each(by_method.get(m, {})) for m in ("macql", *columns[kind])]

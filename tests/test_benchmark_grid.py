@@ -438,7 +438,10 @@ def test_departures_are_compared_with_the_default_seed_by_seed():
         row(seed=2, mean=4.5, variant="--imagined-rows printed"),
         row(seed=2, mean=1.5, variant="--paper --imagined-rows instead"),
         row(seed=2, mean=2.5, variant="--paper --imagined-rows added"),
+        row(mean=3.0, env_id="2s3z", variant="--imagined-rows printed"),  # nothing to compare with
     ]  # fmt: skip
+    tuning = tables.ceiling_tables(tables.group(rows))["tuning"]
+    assert "`--imagined-rows printed`" in tuning and "`--no-heads`" not in tuning
     header, _, usual, *lines = tables.departures(tables.group(rows)).splitlines()
     assert header.count("3s_vs_5z smax medium") == 2 and "2s3z" not in header
     assert "(2) | 0.50" in usual
