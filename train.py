@@ -119,8 +119,8 @@ class Args:
     batch_size: int = 128
     """B, rows per step [Table 8]"""
     synthetic_fraction: float = 0.5
-    """imagined rows per step, as a share of B; 0 leaves MACQL [Sec. 4.3: half of the rows, which is
-    0.5 with "instead" and 1 with "added"]"""
+    """imagined rows per step, as a share of B; 0 leaves MACQL, "added" takes more than 1, too
+    [Sec. 4.3: half of the rows, which is 0.5 with "instead" and 1 with "added"]"""
     imagined_rows: Literal["added", "instead", "printed"] = "added"
     """D8, D27: in the Bellman error alone, beside B real rows or instead of some; or instead of
     some, in the terms that print them; paper: printed [Eq. 10, 12]"""

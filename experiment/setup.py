@@ -31,7 +31,7 @@ from simulators import starcraft
 PASSES, FEWEST_UPDATES, MOST_UPDATES = 12, 1_000, 4_000  # of --updates, where it is not given
 EVALUATIONS = 16  # --eval-every is this part of the updates, where it is not given
 STARCRAFT_GAMES = 4  # processes of StarCraft II side by side, each with a gigabyte of memory
-SHARES = ("synthetic_fraction", "gamma", "tau", "critic_first")
+SHARES = ("gamma", "tau", "critic_first")
 MAY_BE_ZERO = ("seed", "threads")
 SIZES = ("hidden", "critics", "batch_size", "wm_batch_size", "rollout_batch_size", "horizon",
          "eval_episodes")  # fmt: skip
@@ -72,7 +72,7 @@ def check_args(args) -> None:
             f"--synthetic-fraction {args.synthetic_fraction} of --batch-size {args.batch_size} is "
             "less than a row: give 0 for MACQL, or more."
         )
-    if args.imagined_rows != "added" and imagined == args.batch_size:
+    if args.imagined_rows != "added" and imagined >= args.batch_size:
         raise ValueError(
             f"--imagined-rows {args.imagined_rows} with --synthetic-fraction "
             f"{args.synthetic_fraction:g} leaves no real row, and cloning is on these alone: give "
