@@ -269,8 +269,8 @@ def critic_loss(
         noise: of `action_noise`, for the continuous log-sum-exp alone.
         conservative: "logsumexp" or, as Eq. (10) prints, "expectation" under the policy.
         backup: next actions by the "policy", or by the "max" of Eq. (11) (discrete actions).
-        imagined_in: where imagined rows count: "bellman", only in the Bellman error; "printed", as
-            in Eq. (10), only among the values that are pushed down.
+        imagined_in: where imagined rows count: "bellman" or "value", only in the Bellman error;
+            "printed", as in Eq. (10), only among the values that are pushed down.
         bounds: of the next state's value in the Bellman target.
     """
     size, real = len(batch.reward), real_weights(is_real)
@@ -331,18 +331,21 @@ def policy_loss(
         is_real (B,): 1 where a row is of D.
         bc_lambda: lambda, weight of cloning.
         normalise_q: divide the value by its mean magnitude, as TD3+BC does.
-        imagined_in: "printed" takes both terms on all rows, as Eq. (12); else on real ones alone.
+        imagined_in: "bellman" takes both terms on real rows alone, "value" the value on all rows,
+            "printed" both terms on all rows, as Eq. (12).
     """
     size, pi = len(batch.reward), actor(batch.obs, batch.avail)  # (B,N,A)
-    rows = 1.0 if imagined_in == "printed" else real_weights(is_real)  # Deviation D8
+    real = real_weights(is_real)
+    cloned = 1.0 if imagined_in == "printed" else real  # Deviation D8
+    improved = real if imagined_in == "bellman" else 1.0
     distance = action_distance(pi, batch.actions, actor.discrete)  # (B,)
     value = torch.zeros_like(distance)
     if critic is not None:
         value = critic(batch.obs, batch.state, pi).mean(0)  # (B,)
         if normalise_q:  # Deviation D21: lambda then has the same effect at any scale of rewards
-            value = value / (value.detach().abs() * rows).mean().clamp(min=1e-6)
+            value = value / (value.detach().abs() * improved).mean().clamp(min=1e-6)
     assert value.shape == distance.shape == (size,)
-    cloning, value = (distance * rows).mean(), (value * rows).mean()
+    cloning, value = (distance * cloned).mean(), (value * improved).mean()
     # The paper prints what is maximised; this is minimised.
     # Deviation D17: bc_lambda is below the paper's 1
     loss = bc_lambda * cloning - value  # Eq. (12)

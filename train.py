@@ -121,9 +121,9 @@ class Args:
     synthetic_fraction: float = 0.5
     """imagined rows per step, as a share of B; 0 leaves MACQL, "added" takes more than 1, too
     [Sec. 4.3: half of the rows, which is 0.5 with "instead" and 1 with "added"]"""
-    imagined_rows: Literal["added", "instead", "printed"] = "added"
-    """D8, D27: in the Bellman error alone, beside B real rows or instead of some; or instead of
-    some, in the terms that print them; paper: printed [Eq. 10, 12]"""
+    imagined_rows: Literal["added", "added+policy", "instead", "printed"] = "added"
+    """D8, D27: in the Bellman error (and the policies' value), beside B real rows or instead of
+    some; or instead of some, in the terms that print them; paper: printed [Eq. 10, 12]"""
     lr: float = 1e-3
     """Adam's step size of policies, critic and clone [Table 8]"""
     hidden: int = 256
@@ -223,11 +223,12 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
     bounds = (-math.inf, math.inf)
     if args.clamp:  # Deviation D4
         bounds = data.value_range(args.gamma)
+    imagined_in = {"printed": "printed", "added+policy": "value"}  # Deviation D8
     return MACQL(
         actor, critic, args.lr, decay_updates(args, args.updates), args.tau,
         0.0 if args.paper else 0.995,  # ema_decay: Deviation D13
         args.gamma, args.cql_alpha, args.conservative, args.backup,
-        "printed" if args.imagined_rows == "printed" else "bellman", bounds,  # Deviation D8
+        imagined_in.get(args.imagined_rows, "bellman"), bounds,
         args.bc_lambda, normalise_q=not (spec.discrete or args.paper),  # Deviation D21
         policy_waits=setup.waiting(args),  # Deviation D26
     )  # fmt: skip
@@ -285,7 +286,7 @@ def main(
     setup.check_memory(args, spec, device)
     n_synthetic = round(args.synthetic_fraction * args.batch_size)  # 0: no world model
     n_real = args.batch_size  # beside imagined rows
-    if args.imagined_rows != "added":  # Deviation D27
+    if not args.imagined_rows.startswith("added"):  # Deviation D27
         n_real -= n_synthetic
 
     # Networks and optimisers

@@ -72,7 +72,8 @@ def check_args(args) -> None:
             f"--synthetic-fraction {args.synthetic_fraction} of --batch-size {args.batch_size} is "
             "less than a row: give 0 for MACQL, or more."
         )
-    if args.imagined_rows != "added" and imagined >= args.batch_size:
+    added = args.imagined_rows.startswith("added")
+    if not added and imagined >= args.batch_size:
         raise ValueError(
             f"--imagined-rows {args.imagined_rows} with --synthetic-fraction "
             f"{args.synthetic_fraction:g} leaves no real row, and cloning is on these alone: give "
@@ -121,7 +122,7 @@ def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
         numbers = 4 * sum(p.numel() for net in nets for p in net.parameters())
     except RuntimeError:  # torch cannot even count them
         numbers = math.inf
-    added = args.synthetic_fraction if args.imagined_rows == "added" else 0.0
+    added = args.synthetic_fraction if args.imagined_rows.startswith("added") else 0.0
     numbers += args.batch_size * (1 + added) * (n * o + s + 2 * h * args.critics)
     numbers += args.eval_episodes * (n * (o + a) + s + SIMULATED)
     if imagines:

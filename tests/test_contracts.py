@@ -142,13 +142,14 @@ def test_a_simulator_of_ones_own_plays_the_evaluations(tmp_path, undrawn):
         watch(tmp_path / "run")
 
 
-@pytest.mark.parametrize("imagined_rows", ["added", "instead", "printed"])
+@pytest.mark.parametrize("imagined_rows", ["added", "added+policy", "instead", "printed"])
 def test_a_flag_says_where_imagined_rows_count(imagined_rows):
     data, spec = make_data(True)
     learner = train.make_learner(
         train.Args(hidden=8, updates=8, imagined_rows=imagined_rows), spec, data
     )
-    expected = "printed" if imagined_rows == "printed" else "bellman"
+    others = {"printed": "printed", "added+policy": "value"}
+    expected = others.get(imagined_rows, "bellman")
     for loss in (learner.critic_loss, learner.policy_loss):
         assert loss.keywords["imagined_in"] == expected
 

@@ -758,7 +758,7 @@ def test_eq_11_takes_the_best_available_joint_action():
     assert parts["td"].item() == pytest.approx(bellman, **CLOSE)
 
 
-@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
+@pytest.mark.parametrize("imagined_in", ["bellman", "value", "printed"])
 @pytest.mark.parametrize("normalise_q", [False, True])
 @pytest.mark.parametrize("discrete", [True, False])
 def test_eq_12_equals_a_loop_over_rows_and_agents(discrete, normalise_q, imagined_in):
@@ -776,9 +776,11 @@ def test_eq_12_equals_a_loop_over_rows_and_agents(discrete, normalise_q, imagine
                 value[b] += naive_value(case, case.critic, batch.state, pi, b, k) / 2
         for i in range(N):
             distance[b, i] = squared_distance(pi[i], array(batch.actions[b, i]))
-    rows = [b for b in range(B) if imagined_in == "printed" or case.is_real[b] == 1]
+    real = [b for b in range(B) if case.is_real[b] == 1]
+    rows = real if imagined_in == "bellman" else list(range(B))
     over_agents = np.sum if discrete else np.mean
-    cloning = np.mean([over_agents(distance[b]) for b in rows])
+    cloned = range(B) if imagined_in == "printed" else real
+    cloning = np.mean([over_agents(distance[b]) for b in cloned])
     scale = np.mean(np.abs(value[rows])) if normalise_q else 1.0
     gain = np.mean(value[rows]) / scale - LAMBDA * cloning
     loss, parts = policy_loss(

@@ -283,7 +283,7 @@ def test_policy_loss_moves_the_actor_alone(discrete, term):
     assert not any(v.requires_grad for v in parts.values())
 
 
-@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
+@pytest.mark.parametrize("imagined_in", ["bellman", "value", "printed"])
 def test_imagined_rows_are_cloned_as_the_paper_prints_it_alone(imagined_in):
     actor, _, _, batch, is_real = build_policy(True)
     actions = batch.actions.clone().requires_grad_()
@@ -294,18 +294,18 @@ def test_imagined_rows_are_cloned_as_the_paper_prints_it_alone(imagined_in):
     assert bool(g[is_real == 0].any()) == (imagined_in == "printed")
 
 
-@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
-def test_imagined_states_improve_the_policy_if_printed(imagined_in):
+@pytest.mark.parametrize("imagined_in", ["bellman", "value", "printed"])
+def test_imagined_states_improve_the_policy_if_asked(imagined_in):
     actor, critic, _, batch, is_real = build_policy(True)
     state = batch.state.clone().requires_grad_()
     changed = batch._replace(state=state)
     loss, _ = policy_loss(actor, critic, changed, is_real, 0.0, imagined_in=imagined_in)
     (g,) = torch.autograd.grad(loss, state)
     assert g[is_real == 1].any()
-    assert bool(g[is_real == 0].any()) == (imagined_in == "printed")
+    assert bool(g[is_real == 0].any()) == (imagined_in != "bellman")
 
 
-@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
+@pytest.mark.parametrize("imagined_in", ["bellman", "value", "printed"])
 def test_imagined_rows_have_a_bellman_error_unless_as_printed(imagined_in):
     actor, critic, target, batch, is_real = build_policy(True)
     other = torch.where(is_real == 0, 5.0, 0.0)
@@ -320,7 +320,7 @@ def test_imagined_rows_have_a_bellman_error_unless_as_printed(imagined_in):
 
 
 @pytest.mark.parametrize("conservative", ["logsumexp", "expectation"])
-@pytest.mark.parametrize("imagined_in", ["bellman", "printed"])
+@pytest.mark.parametrize("imagined_in", ["bellman", "value", "printed"])
 def test_imagined_values_are_pushed_down_as_printed_alone(imagined_in, conservative):
     actor, critic, target, batch, is_real = build_policy(True)
     changed = batch._replace(state=batch.state + torch.where(is_real == 0, 5.0, 0.0)[:, None])
@@ -329,4 +329,4 @@ def test_imagined_values_are_pushed_down_as_printed_alone(imagined_in, conservat
         settings = (batch, is_real, 0.99, 1.0, None, conservative, "policy", imagined_in)
         return critic_loss(critic, target, actor, *settings)[1]["gap"].item()
 
-    assert (part(changed) == part(batch)) == (imagined_in == "bellman")
+    assert (part(changed) == part(batch)) == (imagined_in != "printed")
