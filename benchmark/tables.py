@@ -55,7 +55,7 @@ IMAGINATION = {
     *("--shared-models", "--horizon", "--uncertainty", "--u-scale", "--wm-updates", "--wm-lr"),
     *("--wm-batch-size", "--wm-weight-decay", "--deduce-from", "--no-heads", "--no-zeros"),
     *("--observe", "--epsilon", "--rollout-batch-size", "--rollout-interval", "--cap"),
-    "--imagined-rows",
+    *("--imagined-rows", "--synthetic-fraction"),
 }
 REMOVED = {"--draw-zeros"}  # of them, in rows of commits before 960bb6b alone
 NAMES = {  # a method that is not here: its key
@@ -244,14 +244,20 @@ def scores(groups: Groups) -> str:
     )  # fmt: skip
 
 
+def of_the_learner(variant: str) -> str:
+    """A variant without the flags of imagination and their values."""
+    flags = re.findall(r"(--[a-z-]+)((?: (?!--)\S+)*)", variant)
+    return " ".join(name + value for name, value in flags if name not in IMAGINATION | REMOVED)
+
+
 def gains(groups: Groups, plain: bool) -> str:
     """One line per cell and variant that both LOGO and MACQL have: the gain, seed by seed.
 
-    Flags of imagination alone do not concern MACQL, which then has none.
+    Flags of imagination do not concern MACQL, so it may have been run without them.
     """
     lines = []
     for (cell, variant, method), runs in groups.items():
-        theirs = "" if set(re.findall(r"--[a-z-]+", variant)) <= IMAGINATION | REMOVED else variant
+        theirs = variant if (cell, variant, "macql") in groups else of_the_learner(variant)
         other = groups.get((cell, theirs, "macql"))
         if method != "logo" or not other or plain != (variant == ""):
             continue

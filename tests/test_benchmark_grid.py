@@ -214,6 +214,13 @@ def test_flags_of_imagination_are_train_pys():
     assert not tables.REMOVED & known
 
 
+def test_macql_is_compared_without_flags_of_imagination():
+    assert tables.of_the_learner("--gamma 0.9 --u-scale 0.5 --no-heads --n-step 1") == (
+        "--gamma 0.9 --n-step 1"
+    )
+    assert tables.of_the_learner("--draw-zeros --horizon 5") == ""
+
+
 def test_a_new_row_replaces_the_same_experiment(tmp_path):
     path = tmp_path / "runs.csv"
     for r in (row(), row(seed=2), row(mean=3.0, commit="def")):
@@ -276,14 +283,15 @@ def test_flags_of_imagination_are_compared_with_plain_macql():
         row("logo", 1, 12.0, variant="--draw-zeros --horizon 5"),
         row("logo", 1, 13.0, variant="--wm-updates 8000"),
         row("logo", 1, 11.0, variant="--n-step 1"),
-        row("logo", 1, 19.0, variant="--horizon 5 --n-step 1"),  # with nothing
+        row("logo", 1, 9.0, variant="--horizon 5 --n-step 1"),
+        row("logo", 1, 19.0, variant="--horizon 5 --gamma 0.9"),  # with nothing
     ]  # fmt: skip
     assert tables.gains(tables.group(rows), True).count("\n") == 1  # LOGO's defaults have no run
     _, _, *lines = tables.gains(tables.group(rows), False).splitlines()
     found = {x[4].strip(): x[6].strip() for x in (line.split("|") for line in lines)}
     assert found == {
         "`--draw-zeros --horizon 5`": "+2.00", "`--wm-updates 8000`": "+3.00",
-        "`--n-step 1`": "+4.00",
+        "`--n-step 1`": "+4.00", "`--horizon 5 --n-step 1`": "+2.00",
     }  # fmt: skip
 
 
