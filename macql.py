@@ -26,8 +26,9 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
   D5  log-sum-exp over all actions, where Eq. (10) has the policy's expected value.
   D6  the Bellman target follows the policy, where Eq. (11) has the maximum.
   D7  the minimum of two critics in the Bellman target.  D19 a slowly following target critic.
-  D8  imagined rows count in the Bellman error alone. Eq. (10) prints them where values are pushed
-      down, Eq. (12) in both of its terms; Algorithm 1 has one sampled batch for everything.
+  D8  imagined rows count in the Bellman error alone, if asked for in the value of Eq. (12), too.
+      Eq. (10) prints them where values are pushed down, Eq. (12) in both of its terms; Algorithm 1
+      has one sampled batch for everything.
   D4  the value in the Bellman target lies within the data's returns-to-go.
   D12 step sizes fall linearly to zero.  D13 a moving average of the actor is evaluated.
   D14 one actor network for all agents.  D21 the value in Eq. (12) divided by its magnitude.
