@@ -284,10 +284,8 @@ def main(
     setup.announce(args, device, metadata, method, continuous=data.avail is None)
     env, spec = setup.choose_simulator(args, data, metadata, simulator)  # env None: offline
     setup.check_memory(args, spec, device)
-    n_synthetic = round(args.synthetic_fraction * args.batch_size)  # 0: no world model
-    n_real = args.batch_size  # beside imagined rows
-    if not args.imagined_rows.startswith("added"):  # Deviation D27
-        n_real -= n_synthetic
+    n_synthetic = setup.imagined_rows(args)  # 0: no world model
+    n_real = setup.real_rows(args)  # beside imagined rows: Deviation D27
 
     # Networks and optimisers
     torch.manual_seed(args.seed)

@@ -34,7 +34,7 @@ STARCRAFT_GAMES = 4  # processes of StarCraft II side by side, each with a gigab
 SHARES = ("gamma", "tau", "critic_first")
 MAY_BE_ZERO = ("seed", "threads")
 SIZES = ("hidden", "critics", "batch_size", "wm_batch_size", "rollout_batch_size", "horizon",
-         "eval_episodes")  # fmt: skip
+         "synthetic_fraction", "eval_episodes")  # fmt: skip
 TASK = re.compile(r"\w[\w.|-]*")
 LARGEST = 1e30  # float32 holds it
 MOST = 2**32 - 1  # also what every generator of random numbers takes as a seed
@@ -66,14 +66,12 @@ def check_args(args) -> None:
         raise ValueError(f"--env-id is {args.env_id!r}: give a task's name, such as 3s_vs_5z.")
     if args.threads > (cores := os.cpu_count()):
         raise ValueError(f"--threads is {args.threads}: this machine has {cores} cores.")
-    imagined = round(args.synthetic_fraction * args.batch_size)
-    if args.synthetic_fraction > 0 and imagined == 0:
+    if args.synthetic_fraction > 0 and imagined_rows(args) == 0:
         raise ValueError(
             f"--synthetic-fraction {args.synthetic_fraction} of --batch-size {args.batch_size} is "
             "less than a row: give 0 for MACQL, or more."
         )
-    added = args.imagined_rows.startswith("added")
-    if not added and imagined >= args.batch_size:
+    if real_rows(args) <= 0:
         raise ValueError(
             f"--imagined-rows {args.imagined_rows} with --synthetic-fraction "
             f"{args.synthetic_fraction:g} leaves no real row, and cloning is on these alone: give "
@@ -122,8 +120,7 @@ def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
         numbers = 4 * sum(p.numel() for net in nets for p in net.parameters())
     except RuntimeError:  # torch cannot even count them
         numbers = math.inf
-    added = args.synthetic_fraction if args.imagined_rows.startswith("added") else 0.0
-    numbers += args.batch_size * (1 + added) * (n * o + s + 2 * h * args.critics)
+    numbers += (real_rows(args) + imagined_rows(args)) * (n * o + s + 2 * h * args.critics)
     numbers += args.eval_episodes * (n * (o + a) + s + SIMULATED)
     if imagines:
         rows = collections(args) * (args.horizon + 1) * args.rollout_batch_size
@@ -139,6 +136,16 @@ def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
             f"{need:,.1f} GiB of memory are needed at least, and {have:,.1f} are here. Lower one "
             f"of {told}."
         )
+
+
+def imagined_rows(args) -> int:
+    """Imagined rows of a batch; without any there is no world model."""
+    return round(args.synthetic_fraction * args.batch_size)
+
+
+def real_rows(args) -> int:
+    """Recorded rows of a batch: all of B (D27), or what imagined ones leave."""
+    return args.batch_size - (0 if args.imagined_rows.startswith("added") else imagined_rows(args))
 
 
 def waiting(args) -> int:

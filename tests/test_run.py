@@ -397,6 +397,7 @@ BAD = {
     "--synthetic-fraction -1": "--synthetic-fraction is -1",
     "--synthetic-fraction nan": "--synthetic-fraction is nan",
     "--synthetic-fraction 0.01": "less than a row",
+    "--synthetic-fraction 1e12": "--synthetic-fraction 1000000000000.0",
     "--synthetic-fraction 1 --imagined-rows instead": "leaves no real row",
     "--synthetic-fraction 2 --imagined-rows instead": "leaves no real row",
     "--synthetic-fraction 0.99 --imagined-rows printed": "leaves no real row",
