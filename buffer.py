@@ -156,6 +156,11 @@ class OfflineDataset:
         found = torch.cat([self.returns_to_go(x) for x in (1.0, gamma)])
         return found.min().item(), found.max().item()
 
+    def value_scale(self, gamma: float) -> tuple[float, float]:
+        """Mean and standard deviation of the training rows' returns-to-go; 1 if all are equal."""
+        found = self.returns_to_go(gamma)[self.train]
+        return found.mean().item(), found.std(correction=0).item() or 1.0
+
     def statistics(self) -> dict[str, torch.Tensor]:
         """Of o (N,O), s (S,), r () and terminated () in D.train: mean, std, min, max and zero, as
         obs_mean, ...; zero is the share of rows in which an entry is exactly 0.

@@ -152,15 +152,17 @@ class Critic(nn.Module):
         obs_mean, obs_std (N,O), state_mean, state_std (S,): of the data.
         action_dim: A.
         critics: K, independent networks as one stack.
+        value_mean, value_std: what the networks predict is (Q - value_mean) / value_std.
     """
 
     def __init__(
         self, obs_mean, obs_std, state_mean, state_std, action_dim, hidden=256, discrete=True,
-        critics=2,
+        critics=2, value_mean=0.0, value_std=1.0,
     ):  # fmt: skip
         super().__init__()
         (n, o), s = obs_mean.shape, len(state_mean)
         self.discrete, self.critics = discrete, critics
+        self.value_mean, self.value_std = value_mean, value_std
         self.standardise_state = Standardise(state_mean, state_std)
         if discrete:
             self.standardise_obs = Standardise(obs_mean, obs_std)
@@ -179,7 +181,8 @@ class Critic(nn.Module):
         x = x.flatten(0, 1).expand(k, -1, -1)  # (K,B*N,O+N)
         # The first layer on [s, o^i, i] as a sum, so that the state's part is computed once
         h = self.from_state(s).unsqueeze(2) + self.from_obs(x).view(k, b, n, -1)  # (K,B,N,hidden)
-        return self.net(h.relu_().flatten(1, 2)).view(k, b, n, -1)
+        q = self.net(h.relu_().flatten(1, 2)).view(k, b, n, -1)
+        return self.value_mean / n + self.value_std * q
 
     def forward(
         self, obs: torch.Tensor, state: torch.Tensor, actions: torch.Tensor
@@ -188,7 +191,8 @@ class Critic(nn.Module):
         if self.discrete:
             return (self.utilities(obs, state) * actions).sum((-2, -1))
         x = torch.cat([self.standardise_state(state), actions.flatten(1)], -1)
-        return self.net(x.expand(self.critics, -1, -1)).squeeze(-1)
+        q = self.net(x.expand(self.critics, -1, -1)).squeeze(-1)
+        return self.value_mean + self.value_std * q
 
 
 def action_noise(shape: tuple, generator: torch.Generator, samples: int = 10) -> torch.Tensor:
@@ -331,7 +335,8 @@ def policy_loss(
         critic: None leaves behaviour cloning.
         is_real (B,): 1 where a row is of D.
         bc_lambda: lambda, weight of cloning.
-        normalise_q: divide the value by its mean magnitude, as TD3+BC does.
+        normalise_q: divide the value by its mean magnitude, as TD3+BC does; else by the critic's
+            value_std.
         imagined_in: "bellman" takes both terms on real rows alone, "value" the value on all rows,
             "printed" both terms on all rows, as Eq. (12).
     """
@@ -342,7 +347,7 @@ def policy_loss(
     distance = action_distance(pi, batch.actions, actor.discrete)  # (B,)
     value = torch.zeros_like(distance)
     if critic is not None:
-        value = critic(batch.obs, batch.state, pi).mean(0)  # (B,)
+        value = critic(batch.obs, batch.state, pi).mean(0) / critic.value_std  # (B,)
         if normalise_q:  # Deviation D21: lambda then has the same effect at any scale of rewards
             value = value / (value.detach().abs() * improved).mean().clamp(min=1e-6)
     assert value.shape == distance.shape == (size,)

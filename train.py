@@ -130,8 +130,9 @@ class Args:
     """width of the hidden layers; half of it in the world model's heads [Table 8]"""
     shared_actor: bool = True
     """D14: one policy network for all agents; paper: no, one each [pymarl]"""
-    critic: Literal["cql", "none"] = "cql"
-    """none leaves behaviour cloning [ours]"""
+    critic: Literal["cql", "scaled", "none"] = "cql"
+    """scaled: its networks predict, and Eq. (12) weighs, values in units of the data's returns;
+    none leaves behaviour cloning [ours]"""
     critics: int = 2
     """D7: K, the Bellman target takes the minimum; paper: 1 [TD3]"""
     gamma: float = 0.99
@@ -217,9 +218,10 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
     x, sizes = data.statistics(), (spec.action_dim, args.hidden, spec.discrete)
     obs, state = (x["obs_mean"], x["obs_std"]), (x["state_mean"], x["state_std"])
     actor = Actor(*obs, *sizes, args.shared_actor).to(data.obs.device)  # Deviation D14
-    critic = None
-    if args.critic == "cql":
-        critic = Critic(*obs, *state, *sizes, args.critics).to(data.obs.device)
+    critic, scaled = None, args.critic == "scaled"
+    if args.critic != "none":
+        scale = data.value_scale(args.gamma) if scaled else (0.0, 1.0)
+        critic = Critic(*obs, *state, *sizes, args.critics, *scale).to(data.obs.device)
     bounds = (-math.inf, math.inf)
     if args.clamp:  # Deviation D4
         bounds = data.value_range(args.gamma)
@@ -229,7 +231,7 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         0.0 if args.paper else 0.995,  # ema_decay: Deviation D13
         args.gamma, args.cql_alpha, args.conservative, args.backup,
         imagined_in.get(args.imagined_rows, "bellman"), bounds,
-        args.bc_lambda, normalise_q=not (spec.discrete or args.paper),  # Deviation D21
+        args.bc_lambda, not (spec.discrete or args.paper or scaled),  # normalise_q: Deviation D21
         policy_waits=setup.waiting(args),  # Deviation D26
     )  # fmt: skip
 

@@ -150,7 +150,7 @@ def real_rows(args) -> int:
 
 def waiting(args) -> int:
     """Updates in which the critic learns alone, from real rows (D26)."""
-    return round(args.critic_first * args.updates) if args.critic == "cql" else 0
+    return round(args.critic_first * args.updates) if args.critic != "none" else 0
 
 
 def collections(args) -> int:
@@ -172,7 +172,7 @@ def method(args) -> str:
     """logo, or what is left of it: macql without the model, bc without model and critic."""
     if args.synthetic_fraction > 0:
         return "logo"
-    return "macql" if args.critic == "cql" else "bc"
+    return "macql" if args.critic != "none" else "bc"
 
 
 def commit() -> str:

@@ -1,5 +1,6 @@
 """Measures of world models and policies, each against a loop over single rows in float64."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -371,6 +372,14 @@ def test_a_learner_without_critic_has_no_values(data, critic):
     learner = SimpleNamespace(ema_actor=ema_actor, **critic)
     found = diagnostics.offline_measures(learner, bc_actor, data, GAMMA)
     assert set(found) == {"action_agreement", "clone_agreement", "return_to_go"}
+
+
+def test_the_scale_of_values_is_that_of_the_training_rows(data):
+    known = data.returns_to_go(GAMMA)[data.train].double().numpy()
+    assert data.value_scale(GAMMA) == close((known.mean(), known.std()))
+    constant = copy.copy(data)
+    constant.reward = torch.zeros_like(data.reward)
+    assert constant.value_scale(GAMMA) == (0.0, 1.0)
 
 
 def test_returns_to_go_stop_at_the_end_of_an_episode(data):

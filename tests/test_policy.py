@@ -298,6 +298,31 @@ def macql(critic=True, **options) -> MACQL:
     return MACQL(make_actor(ACTIONS), make_critic(ACTIONS) if critic else None, **options)
 
 
+@pytest.mark.parametrize("discrete", [True, False])
+def test_a_scaled_critic_predicts_in_units_of_the_returns(discrete):
+    """The same weights predict mean + std * what they predict otherwise; Eq. (12) divides by std,
+    so lambda weighs against the plain critic's value."""
+    size = ACTIONS if discrete else 2
+    plain, scaled = (
+        make_critic(size, discrete=discrete, **scale)
+        for scale in ({}, {"value_mean": 40.0, "value_std": 8.0})
+    )
+    batch, is_real = bandit(16, torch.Generator().manual_seed(0)), torch.ones(16)
+    if not discrete:
+        batch.actions, batch.avail = batch.actions[..., :size], None
+    batch.state = torch.randn(16, S, generator=torch.Generator().manual_seed(1))
+    q, in_units = (x(batch.obs, batch.state, batch.actions) for x in (scaled, plain))
+    torch.testing.assert_close(q, 40 + 8 * in_units)
+    found = []
+    for critic in (plain, scaled):
+        actor = make_actor(size, discrete=discrete)
+        loss, parts = policy_loss(actor, critic, batch, is_real, 0.1)
+        loss.backward(inputs=list(actor.parameters()))
+        found.append((parts["q"], [x.grad for x in actor.parameters()]))
+    assert found[1][0].item() == pytest.approx(found[0][0].item() + 40 / 8, rel=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1])
+
+
 OTHERWISE = {  # than the defaults, which are the first entries
     "gamma": (0.99, 0.5),
     "cql_alpha": (0.1, 2.0),

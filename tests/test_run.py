@@ -281,7 +281,7 @@ FLAGS = [
     "--no-shared-actor", "--critic-first 0",
     "--critics 1", "--conservative expectation", "--backup max", "--wm-weight-decay 1.0",
     "--wm-lr 0.1", "--synthetic-fraction 0", "--synthetic-fraction 1", "--no-warm-start",
-    "--imagined-rows instead", "--imagined-rows added+policy",
+    "--imagined-rows instead", "--imagined-rows added+policy", "--critic scaled",
     "--epsilon 3", "--u-scale 0.002", "--cql-alpha 9", "--bc-lambda 9", "--cap 0.01",
     "--gamma 0.5", "--tau 0.5", "--rollout-batch-size 4", "--batch-size 8", "--lr 0.01",
     "--hidden 8", "--wm-batch-size 8", "--horizon 1", "--rollout-interval 1", "--wm-updates 3",
