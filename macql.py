@@ -31,7 +31,8 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
       has one sampled batch for everything.
   D4  the value in the Bellman target lies within the data's returns-to-go.
   D12 step sizes fall linearly to zero.  D13 a moving average of the actor is evaluated.
-  D14 one actor network for all agents.  D21 the value in Eq. (12) divided by its magnitude.
+  D14 one actor network for all agents.  D21 the value in Eq. (12) divided by its magnitude, or by
+      the unit of a critic that predicts values in units of the data's returns.
   D26 the critic learns alone before the policies move.
   D28 Bellman targets hold the rewards of five steps.
 Readings, where the paper leaves a choice: continuous actions are cloned in the mean over the
