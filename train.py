@@ -220,7 +220,7 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
     actor = Actor(*obs, *sizes, args.shared_actor).to(data.obs.device)  # Deviation D14
     critic, scaled = None, args.critic == "scaled"
     if args.critic != "none":
-        scale = data.value_scale(args.gamma) if scaled else (0.0, 1.0)
+        scale = data.value_scale(args.gamma) if scaled else ()
         critic = Critic(*obs, *state, *sizes, args.critics, *scale).to(data.obs.device)
     bounds = (-math.inf, math.inf)
     if args.clamp:  # Deviation D4

@@ -150,7 +150,7 @@ def real_rows(args) -> int:
 
 def waiting(args) -> int:
     """Updates in which the critic learns alone, from real rows (D26)."""
-    return round(args.critic_first * args.updates) if args.critic != "none" else 0
+    return 0 if args.critic == "none" else round(args.critic_first * args.updates)
 
 
 def collections(args) -> int:
@@ -172,7 +172,7 @@ def method(args) -> str:
     """logo, or what is left of it: macql without the model, bc without model and critic."""
     if args.synthetic_fraction > 0:
         return "logo"
-    return "macql" if args.critic != "none" else "bc"
+    return "bc" if args.critic == "none" else "macql"
 
 
 def commit() -> str:
