@@ -13,7 +13,7 @@
 Both store every observation once: the successor of a transition is another row of the same table.
 
 Departures from the paper; docs/deviations.md has the flags that take them back:
-  D20  u is measured in quarters of its median over recorded states.
+  D20  u is measured in a share or multiple of its median over recorded states.
 
 Sizes: B batch, N agents, O observation, S state, A action (one-hot if discrete), H horizon,
        R rows of D (transitions plus one final observation per episode), M rollouts per collection.
@@ -161,6 +161,10 @@ class OfflineDataset:
         found = self.returns_to_go(gamma)[self.train]
         return found.mean().item(), found.std(correction=0).item() or 1.0
 
+    def action_variance(self) -> float:
+        """Of the training rows' actions, the mean over agents and entries; 1 if none varies."""
+        return self.actions[self.train].double().var(0, correction=0).mean().item() or 1.0
+
     def statistics(self) -> dict[str, torch.Tensor]:
         """Of o (N,O), s (S,), r () and terminated () in D.train: mean, std, min, max and zero, as
         obs_mean, ...; zero is the share of rows in which an entry is exactly 0.
@@ -197,8 +201,8 @@ class SyntheticBuffer:
         device: where the rows are kept.
         discrete: rows have a mask of available actions.
         cap: C of Eq. (7): bound of P_u; exp(-C) is the smallest relative weight of a row.
-        u_scale: unit of u in P_u (the paper: 1); 0 takes for each collection anew a quarter of u's
-            median on recorded states: u is compared within a collection, not between them.
+        u_scale: unit of u in P_u, in medians of u on recorded states, for each collection anew: u
+            is compared within a collection, not between them; 0 takes u itself, as the paper.
         weighted: False samples every row alike (the ablation without Eq. (7)).
     """
 
@@ -206,7 +210,7 @@ class SyntheticBuffer:
 
     def __init__(
         self, retain, horizon, rollouts, num_agents, obs_dim, state_dim, action_dim, device,
-        discrete=True, cap=10.0, u_scale=0.0, weighted=True,
+        discrete=True, cap=10.0, u_scale=0.25, weighted=True,
     ):  # fmt: skip
         self.retain, self.horizon, self.rollouts, self.collections = retain, horizon, rollouts, 0
         self.cap, self.u_scale, self.weighted = cap, u_scale, weighted
@@ -236,8 +240,8 @@ class SyntheticBuffer:
         for name in ("actions", "reward", "terminated"):
             getattr(self, name)[slot, :-1] = rollout[name]
         # Deviation D20: the first step of every rollout is from a recorded state
-        unit = self.u_scale or 0.25 * rollout["uncertainty"][0].median().clamp(min=1e-9)
-        u = rollout["uncertainty"] / unit
+        median = rollout["uncertainty"][0].median().clamp(min=1e-9)
+        u = rollout["uncertainty"] / (self.u_scale * median if self.u_scale else 1.0)
         p_u = (self.cap - u).clamp(0, self.cap) if self.weighted else torch.zeros_like(u)
         self.p_u[slot] = p_u.masked_fill(rollout["valid"] == 0, -torch.inf)
         self.collections += 1
@@ -326,7 +330,7 @@ def _self_check():
     """Sample from D_m and compare the frequencies with Eq. (7), computed by hand."""
     g = torch.Generator().manual_seed(0)
     horizon, rollouts, cap = 3, 4, 2.0
-    buffer = SyntheticBuffer(2, horizon, rollouts, 1, 1, 1, 2, "cpu", cap=cap, u_scale=1.0)
+    buffer = SyntheticBuffer(2, horizon, rollouts, 1, 1, 1, 2, "cpu", cap=cap, u_scale=0.0)
     kept = {}
     for c in range(3):  # three collections into a ring of two: the first one is overwritten
         number = 100.0 * c + torch.arange((horizon + 1) * rollouts).view(horizon + 1, rollouts)

@@ -31,9 +31,8 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
       has one sampled batch for everything.
   D4  the value in the Bellman target lies within the data's returns-to-go.
   D12 step sizes fall linearly to zero.  D13 a moving average of the actor is evaluated.
-  D14 one actor network for all agents.  D21 the value in Eq. (12) divided by its magnitude, or by
-      the unit of a critic that predicts values in units of the data's returns.
-  D26 the critic learns alone before the policies move.
+  D14 one actor network for all agents.  D26 the critic learns alone before the policies move.
+  D21 the critic predicts, and Eq. (12) weighs, values in a given unit.
   D28 Bellman targets hold the rewards of five steps.
 Readings, where the paper leaves a choice: continuous actions are cloned in the mean over the
 agents, where Algorithm 1, line 31 gives each agent its own loss; the policy maximises the mean of
@@ -325,7 +324,6 @@ def policy_loss(
     batch,
     is_real: torch.Tensor,
     bc_lambda: float,
-    normalise_q: bool = False,
     imagined_in: str = "bellman",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What the policies minimise: minus the value, plus the distance to the data's actions.
@@ -335,9 +333,7 @@ def policy_loss(
     Args:
         critic: None leaves behaviour cloning.
         is_real (B,): 1 where a row is of D.
-        bc_lambda: lambda, weight of cloning.
-        normalise_q: divide the value by its mean magnitude, as TD3+BC does; else by the critic's
-            value_std.
+        bc_lambda: lambda, weight of cloning against values in units of the critic's value_std.
         imagined_in: "bellman" takes both terms on real rows alone, "value" the value on all rows,
             "printed" both terms on all rows, as Eq. (12).
     """
@@ -348,9 +344,8 @@ def policy_loss(
     distance = action_distance(pi, batch.actions, actor.discrete)  # (B,)
     value = torch.zeros_like(distance)
     if critic is not None:
+        # Deviation D21: lambda then has the same effect at any scale of rewards
         value = critic(batch.obs, batch.state, pi).mean(0) / critic.value_std  # (B,)
-        if normalise_q:  # Deviation D21: lambda then has the same effect at any scale of rewards
-            value = value / (value.detach().abs() * improved).mean().clamp(min=1e-6)
     assert value.shape == distance.shape == (size,)
     cloning, value = (distance * cloned).mean(), (value * improved).mean()
     # The paper prints what is maximised; this is minimised.
@@ -396,7 +391,7 @@ class MACQL:
         ema_decay: decay per update of the moving average; 0 evaluates the latest actor.
         gamma, cql_alpha, conservative, backup, bounds: see `critic_loss`.
         imagined_in: see `critic_loss` and `policy_loss`.
-        bc_lambda, normalise_q: see `policy_loss`.
+        bc_lambda: see `policy_loss`.
         policy_waits: updates in which the critic alone learns and the policies stay as they are.
     """
 
@@ -405,8 +400,7 @@ class MACQL:
     def __init__(
         self, actor: Actor, critic: Critic | None, lr=1e-3, decay_updates=0, tau=0.05,
         ema_decay=0.995, gamma=0.99, cql_alpha=0.1, conservative="logsumexp", backup="policy",
-        imagined_in="bellman", bounds=(-math.inf, math.inf), bc_lambda=0.1, normalise_q=False,
-        policy_waits=0,
+        imagined_in="bellman", bounds=(-math.inf, math.inf), bc_lambda=0.1, policy_waits=0,
     ):  # fmt: skip
         self.actor, self.ema_actor = actor, copy.deepcopy(actor)
         self.critic, self.critic_target = critic, copy.deepcopy(critic)
@@ -416,9 +410,7 @@ class MACQL:
             critic_loss, gamma=gamma, alpha=cql_alpha, conservative=conservative, backup=backup,
             imagined_in=imagined_in, bounds=bounds,
         )  # fmt: skip
-        self.policy_loss = partial(
-            policy_loss, bc_lambda=bc_lambda, normalise_q=normalise_q, imagined_in=imagined_in
-        )
+        self.policy_loss = partial(policy_loss, bc_lambda=bc_lambda, imagined_in=imagined_in)
         self.optimizers, self.schedules = {}, {}
         waiting = {"actor": self.policy_waits, "critic": 0}
         for name, network in (("actor", actor), ("critic", critic)):

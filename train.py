@@ -65,8 +65,8 @@ class Args:
     compile: bool = False
     """compile losses and model steps with torch.compile; does not pay on a CPU [LeanRL]"""
     paper: bool = False
-    """start from the paper's literal reading: sets the flags marked "paper:" below, and takes D12,
-    D13 and D21 back, which have no flag of their own [Sec. 4]"""
+    """start from the paper's literal reading: sets the flags marked "paper:" below, and takes D12
+    and D13 back, which have no flag of their own [Sec. 4]"""
 
     # World model, Phase 1
     wm_updates: int = 2_000
@@ -95,7 +95,7 @@ class Args:
 
     # Imagination, Phase 2
     horizon: int = 15
-    """H, steps of an imagined rollout [Sec. 5.1]"""
+    """D29: H, steps of an imagined rollout (robots: 5); paper: 15 [Sec. 5.1]"""
     epsilon: float = 0.6
     """D16: agents that act at random in a step of a rollout, on average (continuous: noise on every
     one); paper: 0 [ours]"""
@@ -108,9 +108,9 @@ class Args:
     another rollout's same step (a placebo), or none [Sec. 4.3]"""
     cap: float = 10.0
     """C: bound of P_u; exp(-C) is the smallest relative weight [Sec. 4.3 gives no value]"""
-    u_scale: float = 0.0
-    """D20: unit of u in P_u, and 1 / lambda in Eq. (1); 0: a quarter of its median on recorded
-    states; paper: 1 [ours]"""
+    u_scale: float = 0.25
+    """D20: unit of u in P_u, in medians of u on recorded states; paper: 0, u itself. In Eq. (1) it
+    is 1 / lambda [ours]"""
 
     # Policy, Phase 3
     updates: int | None = None
@@ -119,8 +119,8 @@ class Args:
     batch_size: int = 128
     """B, rows per step [Table 8]"""
     synthetic_fraction: float = 0.5
-    """imagined rows per step, as a share of B; 0 leaves MACQL, "added" takes more than 1, too
-    [Sec. 4.3: half of the rows, which is 0.5 with "instead" and 1 with "added"]"""
+    """D27: imagined rows per step, as a share of B; 0 leaves MACQL, "added" takes more than 1, too;
+    paper: 0.5 [Sec. 4.3: half of the rows, which is 0.5 with "instead" and 1 with "added"]"""
     imagined_rows: Literal["added", "added+policy", "instead", "printed"] = "added"
     """D8, D27: in the Bellman error (and the policies' value), beside B real rows or instead of
     some; or instead of some, in the terms that print them; paper: printed [Eq. 10, 12]"""
@@ -131,8 +131,8 @@ class Args:
     shared_actor: bool = True
     """D14: one policy network for all agents; paper: no, one each [pymarl]"""
     critic: Literal["cql", "scaled", "none"] = "cql"
-    """scaled: its networks predict, and Eq. (12) weighs, values in units of the data's returns;
-    none leaves behaviour cloning [ours]"""
+    """D21: scaled predicts, and weighs in Eq. (12), values in units of the data's returns and
+    actions in units of the data's; none leaves behaviour cloning; paper: cql [ours]"""
     critics: int = 2
     """D7: K, the Bellman target takes the minimum; paper: 1 [TD3]"""
     gamma: float = 0.99
@@ -171,21 +171,27 @@ class Args:
 
 
 # Defaults for robots; chosen on other seeds than those reported
-CONTINUOUS = {"eval_episodes": 20, "eval_every": 500, "updates": 10_000, "epsilon": 0.2,
-              "conservative": "expectation", "gamma": 0.95, "bc_lambda": 0.6}  # fmt: skip
+CONTINUOUS = {"wm_updates": 10_000, "horizon": 5, "epsilon": 0.2, "rollout_batch_size": 3_000,
+              "rollout_interval": 250, "u_scale": 1.0, "updates": 10_000,
+              "synthetic_fraction": 2.0, "imagined_rows": "added+policy", "critic": "scaled",
+              "conservative": "expectation", "n_step": 1,
+              "eval_every": 500, "eval_episodes": 20}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
 PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": False,
-         "clamp": False, "zeros": False, "observe": "predicted",
-         "imagined_rows": "printed", "epsilon": 0.0, "u_scale": 1.0, "n_step": 1,
-         "shared_actor": False, "critics": 1, "tau": 1.0, "conservative": "expectation",
-         "backup": "max", "warm_start": False, "critic_first": 0.0,
-         "bc_lambda": 1.0}  # fmt: skip
+         "clamp": False, "zeros": False, "observe": "predicted", "horizon": 15,
+         "synthetic_fraction": 0.5, "imagined_rows": "printed", "epsilon": 0.0, "u_scale": 0.0,
+         "n_step": 1, "shared_actor": False, "critic": "cql", "critics": 1, "tau": 1.0,
+         "conservative": "expectation", "backup": "max", "warm_start": False,
+         "critic_first": 0.0, "bc_lambda": 1.0}  # fmt: skip
 
 
 def defaults(env_id: str, paper: bool = False, kind: type[Args] = Args) -> Args:
     """The flags' defaults for a task: other ones for robots and with --paper."""
     args = kind(env_id=env_id, paper=paper, episodes=default_episodes(env_id))
-    robot = CONTINUOUS | getattr(kind, "ON_ROBOTS", {}) if envs.is_robot(env_id) else {}
+    robot = {}
+    if envs.is_robot(env_id):  # what another method sets itself stays, but for its ON_ROBOTS
+        robot = {k: v for k, v in CONTINUOUS.items() if getattr(kind, k) == getattr(Args, k)}
+        robot |= getattr(kind, "ON_ROBOTS", {})
     return dataclasses.replace(args, **(robot | (PAPER if paper else {})))
 
 
@@ -218,9 +224,12 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
     x, sizes = data.statistics(), (spec.action_dim, args.hidden, spec.discrete)
     obs, state = (x["obs_mean"], x["obs_std"]), (x["state_mean"], x["state_std"])
     actor = Actor(*obs, *sizes, args.shared_actor).to(data.obs.device)  # Deviation D14
-    critic, scaled = None, args.critic == "scaled"
+    critic, scale, bc_lambda = None, (), args.bc_lambda
+    if args.critic == "scaled":  # Deviation D21
+        scale = data.value_scale(args.gamma)
+        if not spec.discrete:
+            bc_lambda /= data.action_variance()
     if args.critic != "none":
-        scale = data.value_scale(args.gamma) if scaled else ()
         critic = Critic(*obs, *state, *sizes, args.critics, *scale).to(data.obs.device)
     bounds = (-math.inf, math.inf)
     if args.clamp:  # Deviation D4
@@ -231,8 +240,7 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         0.0 if args.paper else 0.995,  # ema_decay: Deviation D13
         args.gamma, args.cql_alpha, args.conservative, args.backup,
         imagined_in.get(args.imagined_rows, "bellman"), bounds,
-        args.bc_lambda, not (spec.discrete or args.paper or scaled),  # normalise_q: Deviation D21
-        policy_waits=setup.waiting(args),  # Deviation D26
+        bc_lambda, policy_waits=setup.waiting(args),  # Deviation D26
     )  # fmt: skip
 
 
@@ -283,7 +291,7 @@ def main(
     path = setup.find_dataset(args)  # recorded now if there is none
     data, metadata = load_dataset(path, device, args.env_id)  # D, 5 % of it held out
     asked, args = args, setup.settle(args, data)  # numbers for what depends on the data
-    setup.announce(args, device, metadata, method, continuous=data.avail is None)
+    setup.announce(args, device, metadata, method, CONTINUOUS if data.avail is None else {})
     env, spec = setup.choose_simulator(args, data, metadata, simulator)  # env None: offline
     setup.check_memory(args, spec, device)
     n_synthetic = setup.imagined_rows(args)  # 0: no world model

@@ -20,8 +20,8 @@ so policy_loss is the squared distance weighted by exp(z_i); the code's Gaussian
 and learns its variance. Both act by the mean. As with all methods here, the policy starts from the
 clone (--warm-start), targets hold --n-step rewards, step sizes fall, a moving average of the actor
 is evaluated, a time limit ends no value and none is bounded by the data's returns (D4), the code's
-10^6 updates (robots) are --updates, so that its targets have to follow faster, and gamma is 0.95 on
-robots. Imagined rows, if there are any, are used like recorded ones.
+10^6 updates (robots) are --updates, so that its targets have to follow faster. Imagined rows, if
+there are any, are used like recorded ones.
 
 Source: https://github.com/ZhengYinan-AIR/OMIGA at 39851c0; for StarCraft its branch SMAC.
 Sizes: B batch, N agents, O observation, S state, A action.

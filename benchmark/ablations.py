@@ -20,6 +20,7 @@ from benchmark.rows import Error, key_of
 from experiment.report import over_seeds
 
 HORIZONS = 5, 10, 15, 20
+EARLIER = "--defaults a7022f9"  # no flag: rows of robots with the defaults until that commit
 USES = {  # of u, by how a variant begins
     "": "weights exp(-u)",
     "--uncertainty shuffled": "weights of another rollout's u",
@@ -31,7 +32,7 @@ DEPARTURES = {  # what takes one back, as a variant is spelled: its id in docs/d
     "--conservative expectation": "D5", "--backup max": "D6", "--critics 1": "D7",
     "--imagined-rows printed": "D8", "--no-zeros": "D11", "--no-shared-actor": "D14",
     "--wm-lr 0.001 --wm-weight-decay 0": "D15", "--epsilon 0": "D16", "--bc-lambda 1": "D17",
-    "--no-warm-start": "D18", "--tau 1": "D19", "--u-scale 1": "D20",
+    "--no-warm-start": "D18", "--tau 1": "D19", "--u-scale 0": "D20",
     "--observe predicted": "D22", "--critic-first 0": "D26", "--imagined-rows instead": "D27",
     "--n-step 1": "D28", "--paper": "all",
 }  # fmt: skip
@@ -72,18 +73,19 @@ def uncertainty(groups: dict) -> str:
     )
 
 
-def horizons(groups: dict, errors: list[Error], names: dict[str, str], usual: int = 15) -> str:
+def horizons(groups: dict, errors: list[Error], names: dict[str, str]) -> str:
     """One line per cell, other flags and method with several horizons, and its reward error.
 
     Args:
         groups: of `tables.group`. errors: of the models after one step, in the reward's own units.
-        names: of the methods, for the reader. usual: horizon of a run without the flag.
+        names: of the methods, for the reader.
     """
     lines: dict[tuple, dict[int, dict]] = {}
     for (cell, variant, method), runs in groups.items():
         if cell.backend == "offline" or method in ("macql", "planning"):
             continue
-        horizon, rest = usual, variant
+        usual = train.Args() if EARLIER in variant else train.defaults(cell.env_id)
+        horizon, rest = usual.horizon, variant
         if found := re.search(r"--horizon (\d+) ?", variant):
             horizon, rest = int(found[1]), variant.replace(found[0], "").strip()
         lines.setdefault((cell, rest, method), {})[horizon] = runs

@@ -294,8 +294,10 @@ def best_backend(args, metadata: dict) -> tuple[str, str]:
     return natural, "StarCraft II is not installed"
 
 
-def announce(args, device: torch.device, metadata: dict, name: str, continuous: bool) -> None:
-    """Say what is trained, on which device and data, and whether its actions are `continuous`."""
+def announce(args, device: torch.device, metadata: dict, name: str, usual: dict) -> None:
+    """Say what is trained, on which device and data, and which flags data of its kind usually have:
+    `usual`, where a task's name does not tell the kind.
+    """
     won = f", {metadata['win_rate']:.0%} won" if "win_rate" in metadata else ""
     print(
         f"{name.upper()} on {args.env_id}, device {device}, seed {args.seed}, "
@@ -304,10 +306,10 @@ def announce(args, device: torch.device, metadata: dict, name: str, continuous: 
         f"{metadata['transitions']:,} transitions, return {metadata['return_mean']:.2f} +- "
         f"{metadata['return_std']:.2f}{won}\n     sha256 {metadata['sha256']}"
     )
-    if continuous and not envs.is_robot(args.env_id):
+    if usual and not envs.is_robot(args.env_id):
+        flags = " ".join(f"--{k.replace('_', '-')} {value}" for k, value in usual.items())
         print("     warning: this is none of the robots, so the defaults are those of discrete "
-              "actions; robots have --conservative expectation --gamma 0.95 --bc-lambda 0.6 "
-              "--epsilon 0.2 --updates 10000 --eval-every 500 --eval-episodes 20")  # fmt: skip
+              f"actions; robots have {flags}")  # fmt: skip
     if metadata.get("win_rate") == 0:
         print("     warning: no recorded episode was won, so there is no victory to learn from")
     for repair in metadata.get("repaired", []):

@@ -258,7 +258,7 @@ def test_a_run_ends_and_goes_on_after_a_kill(name, dataset, tmp_path, killed, un
 
     def go(folder: str, *more: str) -> dict:
         part = {"learner": cfcql.make_learner} if name == "cfcql" else module.builders()
-        given = [*TINY, "--u-scale", "0" if name == "planning" else "5", "--horizon", "15"]
+        given = [*TINY, "--u-scale", "0.25" if name == "planning" else "5", "--horizon", "15"]
         given += ["--dataset", str(dataset), "--out", str(tmp_path / folder), *more]
         return baselines.run(name, module.Args, None, given, **part)
 

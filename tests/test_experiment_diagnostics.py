@@ -386,14 +386,19 @@ def test_the_scale_of_values_is_that_of_the_training_rows(data):
 @pytest.mark.parametrize("discrete", [True, False])
 @pytest.mark.parametrize("critic", ["cql", "scaled"])
 def test_a_scaled_critic_has_the_scale_of_the_data(data, critic, discrete):
-    """Then Eq. (12) is in that unit, and not in the value's magnitude (D21) as well."""
+    """Then cloning is in units of the data's actions, too (D21)."""
     spec = SimpleNamespace(action_dim=data.actions.shape[-1], discrete=discrete)
     args = train.Args(critic=critic, gamma=GAMMA, hidden=8, updates=8)
     learner = train.make_learner(args, spec, data)
     scaled = critic == "scaled"
     expected = data.value_scale(GAMMA) if scaled else (0.0, 1.0)
     assert (learner.critic.value_mean, learner.critic.value_std) == expected
-    assert learner.policy_loss.keywords["normalise_q"] is not (discrete or scaled)
+    known = data.actions[data.train].double().numpy()
+    variance = known.var(0).mean() if scaled and not discrete else 1.0
+    assert learner.policy_loss.keywords["bc_lambda"] == pytest.approx(args.bc_lambda / variance)
+    still = copy.copy(data)
+    still.actions = torch.ones_like(data.actions)
+    assert still.action_variance() == 1.0
 
 
 def test_returns_to_go_stop_at_the_end_of_an_episode(data):

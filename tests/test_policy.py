@@ -331,7 +331,6 @@ OTHERWISE = {  # than the defaults, which are the first entries
     "imagined_in": ("bellman", "printed"),
     "bounds": ((-np.inf, np.inf), (0.1, 0.2)),
     "bc_lambda": (0.1, 1.5),
-    "normalise_q": (False, True),
     "tau": (0.05, 0.5),
     "ema_decay": (0.995, 0.8),
 }
@@ -363,7 +362,6 @@ def test_an_update_is_one_step_on_critic_then_actor(option):
         batch,
         is_real,
         x["bc_lambda"],
-        x["normalise_q"],
         x["imagined_in"],
     )
     adam = torch.optim.Adam(by_hand.actor.parameters(), lr=0.01, fused=True)

@@ -15,6 +15,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import h5py
 import numpy as np
@@ -328,7 +329,7 @@ def test_without_model_it_is_macql_without_critic_cloning(go, toy, tmp_path):
 def test_paper_sets_the_literal_reading_and_flags_still_count(go, toy):
     final = go(*toy, "--paper", "--gamma", "0.9", "--no-warm-start", "--critics", "3")
     args = final["args"]
-    of_tiny = {"u_scale": 5.0, "critic_first": 0.17}
+    of_tiny = {"u_scale": 5.0, "critic_first": 0.17, "horizon": 3}
     expected = train.PAPER | of_tiny | {"gamma": 0.9, "critics": 3}
     assert {k: args[k] for k in expected} == expected
     assert final["rollout"]["finite"]
@@ -381,6 +382,19 @@ def test_defaults_follow_the_kind_of_action(env_id):
 
 def test_there_are_at_most_fifty_flags():
     assert len(dataclasses.fields(train.Args)) <= 50
+
+
+def test_what_another_method_sets_itself_stays_on_robots():
+    @dataclasses.dataclass
+    class Own(train.Args):
+        ON_ROBOTS: ClassVar = {"cap": 3.0}
+
+        synthetic_fraction: float = 0.0
+        cap: float = 2.0
+
+    args = train.defaults("Ant-2x4", kind=Own)
+    assert (args.synthetic_fraction, args.cap) == (0.0, 3.0)
+    assert args.horizon == train.CONTINUOUS["horizon"]
 
 
 def test_the_model_keeps_to_the_range_and_the_rules_of_the_data(go):
