@@ -172,9 +172,9 @@ class Args:
 
 # Defaults for robots; chosen on other seeds than those reported
 CONTINUOUS = {"wm_updates": 10_000, "horizon": 5, "epsilon": 0.2, "rollout_batch_size": 3_000,
-              "rollout_interval": 250, "u_scale": 1.0, "updates": 10_000,
+              "rollout_interval": 250, "u_scale": 2.5, "updates": 10_000,
               "synthetic_fraction": 2.0, "imagined_rows": "added+policy", "critic": "scaled",
-              "conservative": "expectation", "n_step": 1,
+              "conservative": "expectation", "n_step": 1, "bc_lambda": 0.08,
               "eval_every": 500, "eval_episodes": 20}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
 PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": False,
