@@ -54,8 +54,8 @@ class Args(train.Args):
     uncertainty: Literal["weight", "penalty", "none"] = "penalty"
     """use of u: reward penalty of MOPO, sampling weight of LOGO's Eq. (7), or none [MOPO]"""
     u_scale: float = 1.0
-    """1 / lambda of the penalty; with --uncertainty weight give 0 [ours; OfflineRL-Kit: lambda 0.5
-    to 5 of a u that is sqrt(D) times as large]"""
+    """1 / lambda of the penalty; with --uncertainty weight give 0.25 [ours; OfflineRL-Kit: lambda
+    0.5 to 5 of a u that is sqrt(D) times as large]"""
     members: int = 7
     """M, networks [OfflineRL-Kit]"""
     wm_hidden: int = 200
