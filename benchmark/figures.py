@@ -116,8 +116,8 @@ def draw_field(groups: Groups) -> bytes | None:
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [])
         ax.grid(axis="y", lw=0.4)
         ax.invert_yaxis()
-        title = f"{env_id} {flags.strip('`')}\n{quality}, {backend}"
-        ax.set_title(title, fontsize=9)
+        told = textwrap.wrap(flags.strip("`"), 30)
+        ax.set_title("\n".join([env_id, f"{quality}, {backend}", *told]), fontsize=9)
     figure.supxlabel("return; a dot is a run of one seed", fontsize=9)
     return png(figure)
 

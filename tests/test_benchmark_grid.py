@@ -320,6 +320,17 @@ def test_the_aggregate_is_over_cells_in_shares_of_macqls_return():
     assert untuned == ["not tuned on", "1", "2", "0", "-6.2", ""]
 
 
+def test_the_aggregate_has_the_better_of_macqls_learners():
+    rows = [row("logo", 1, 11.0), row("macql", 1, 10.0)]
+    rows += [row("logo", 1, 30.0, env_id="Ant-2x4"), row("macql", 1, 10.0, env_id="Ant-2x4")]
+    assert "better" not in tables.aggregate(tables.group(rows))
+    rows.append(row("macql", 1, 20.0, env_id="Ant-2x4", variant=tables.EARLIER))
+    told = tables.aggregate(tables.group(rows))
+    assert "| robots | 1 | 1 | 1 | +100.0 |" in told
+    assert "| robots, MACQL's better learner | 1 | 1 | 1 | +50.0 |" in told
+    assert "| all, MACQL's better learner | 2 | 1 | 2 | +30.0 |" in told
+
+
 def test_the_bootstrap_draws_seeds_within_cells(monkeypatch):
     monkeypatch.setattr(iqm, "DRAWS", 3000)
     cells, rng = [[1.0, 1.2, 1.1], [5.0, 6.0], [2.0]], random.Random(0)
