@@ -255,18 +255,22 @@ class Windows(nn.Module):
 @torch.no_grad()
 def by_depth(
     learner, model: LogoWM, simulator, data: OfflineDataset, gamma: float, horizon: int,
-    count: int = 500, tail: int = 100,
+    count: int = 500, tail: int | None = None,
 ) -> dict[str, list]:  # fmt: skip
     """The critics' values along rollouts of the greedy policy, and what it really gets from there.
 
     Args:
-        count: rollouts, from training rows. tail: steps for which rewards are summed up.
+        count: rollouts, from training rows.
+        tail: steps for which rewards are summed up; None: until they are discounted to a hundredth,
+            but no more than the longest recorded episode has.
     Returns:
         Lists of H numbers, over the rollouts that have not ended before: monte_carlo, the mean
         discounted return from step h on in the simulator; value_true and spread_true, mean and
         standard deviation over the critics (None of one) of Q at the simulator's states;
         value_imagined, spread_imagined: at those that LOGO imagines from the same starts.
     """
+    if tail is None:
+        tail = sum(gamma**k > 0.01 for k in range(data.longest))
     generator = torch.Generator(data.obs.device).manual_seed(0)
     starts = data.sample(count, generator)
     true = Oracle(model, simulator, data, ())

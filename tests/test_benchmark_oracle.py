@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +82,22 @@ def test_one_critic_has_no_spread(smax):
     model, simulator = make_model("3s_vs_5z", data), oracle.Smax(data, metadata)
     found = oracle.by_depth(learner, model, simulator, data, 0.9, 2, count=SLOTS, tail=2)
     assert found["spread_true"] == [None, None] and all(map(math.isfinite, found["value_true"]))
+
+
+@pytest.mark.parametrize("gamma, steps", [(0.2, 3), (0.8, 21), (1.0, 50)])
+def test_returns_are_summed_until_they_hardly_count(gamma, steps, monkeypatch):
+    played = []
+
+    def imagine(self, policy, starts, horizon, generator):
+        played.append(horizon)
+        raise InterruptedError
+
+    monkeypatch.setattr(oracle.Oracle, "imagine", imagine)
+    zero = torch.zeros(1, 1)
+    data = SimpleNamespace(longest=50, obs=zero, state=zero, sample=lambda count, generator: None)
+    with pytest.raises(InterruptedError):
+        oracle.by_depth(None, torch.nn.Identity(), None, data, gamma, 3)
+    assert played == [3 + steps]
 
 
 def test_a_robot_goes_on_from_recorded_rows(tmp_path):
