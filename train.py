@@ -170,7 +170,7 @@ class Args:
     """log to Weights & Biases, too [ours]"""
 
 
-# Defaults for robots; chosen on other seeds than those reported
+# Defaults for robots; docs/deviations.md says how they were chosen
 CONTINUOUS = {"wm_updates": 10_000, "horizon": 5, "epsilon": 0.2, "rollout_batch_size": 3_000,
               "rollout_interval": 250, "u_scale": 2.5, "updates": 10_000,
               "synthetic_fraction": 2.0, "imagined_rows": "added+policy", "critic": "scaled",

@@ -219,6 +219,8 @@ def draw_depth(ax, depths: list[Depth]) -> None:
     """Along rollouts: what the critics say at true and imagined states, and what really comes."""
     for k, method in enumerate(("simulator", "model")):
         rows = sorted((d for d in depths if d.method == method), key=lambda d: (d.step, d.seed))
+        if not rows:
+            continue
         steps = sorted({d.step for d in rows})
         for name, style, label in (
             ("monte_carlo", ":", "what the policy gets"),
