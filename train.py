@@ -148,9 +148,8 @@ class Args:
     warm_start: bool = True
     """D18: start the policy from the clone; paper: no [ours]"""
     n_step: int = 5
-    """D28: steps whose rewards are in a row's Bellman target; paper: 1 [Rainbow]"""
-    imagined_n_step: int | None = None
-    """the same of imagined rows; None: as many as --n-step [ours]"""
+    """D28: steps whose rewards are in a row's Bellman target, recorded or imagined; paper: 1
+    [Rainbow]"""
     critic_first: float = 0.25
     """D26: share of the updates in which the critic learns alone, from real rows: the policy
     waits and nothing is imagined; paper: 0 [ours]"""
@@ -367,7 +366,7 @@ def main(
         batch = data.sample(size, rng, args.n_step, args.gamma)  # Deviation D28
         is_real = torch.ones_like(batch.reward)
         if imagining:
-            imagined = model_data.sample(n_synthetic, rng, args.imagined_n_step, args.gamma)
+            imagined = model_data.sample(n_synthetic, rng, args.n_step, args.gamma)
             batch, is_real = mix(batch, imagined)
         metrics = learner.update(batch, is_real, rng)  # lines 30, 31
         if n_synthetic:

@@ -41,8 +41,7 @@ from macql import MACQL, Actor, Critic, action_distance
 class Args(train.Args):
     """MACQL, with policies drawn towards the best of several actions by LOGO's model."""
 
-    NO_EFFECT: ClassVar = ("critic", "imagined_rows", "imagined_n_step", "horizon", "uncertainty",
-                           "cap", "u_scale")  # fmt: skip
+    NO_EFFECT: ClassVar = ("critic", "imagined_rows", "horizon", "uncertainty", "cap", "u_scale")
 
     candidates: int = 3
     """C, joint actions that are compared [Sec. 5.2]"""

@@ -194,15 +194,14 @@ def commit() -> str:
 
 
 def settle(args, data: OfflineDataset):
-    """The flags with a number for each whose default depends on the data or on another flag.
+    """The flags with a number for each whose default depends on the data.
 
     A pass over D is as many updates as it has batches of training transitions.
     """
     by_passes = PASSES * len(data.train) // args.batch_size
     updates = args.updates or min(MOST_UPDATES, max(FEWEST_UPDATES, by_passes))
     every = args.eval_every or math.ceil(updates / EVALUATIONS)
-    steps = args.imagined_n_step or args.n_step
-    return dataclasses.replace(args, updates=updates, eval_every=every, imagined_n_step=steps)
+    return dataclasses.replace(args, updates=updates, eval_every=every)
 
 
 def find_dataset(args) -> Path:

@@ -495,22 +495,6 @@ def test_a_diverging_rollout_stops_the_run(go, toy, monkeypatch):
         go(*toy)
 
 
-@pytest.mark.parametrize("flags, steps", [
-    ((), (5, 5)), (("--n-step", "2"), (2, 2)), (("--imagined-n-step", "1"), (5, 1))
-])  # fmt: skip
-def test_imagined_rows_lead_as_far_as_recorded_ones_unless_told(go, toy, monkeypatch, flags, steps):
-    lengths = {}
-    for kind in (train.OfflineDataset, train.SyntheticBuffer):
-
-        def spy(self, size, rng, n=1, gamma=1.0, sample=kind.sample):
-            lengths[type(self)] = max(n, lengths.get(type(self), 1))
-            return sample(self, size, rng, n, gamma)
-
-        monkeypatch.setattr(kind, "sample", spy)
-    go(*toy, *flags)
-    assert (lengths[train.OfflineDataset], lengths[train.SyntheticBuffer]) == steps
-
-
 def test_a_dataset_with_nan_is_refused(go, dataset, tmp_path):
     broken = tmp_path / "broken.h5"
     broken.write_bytes(dataset.read_bytes())
