@@ -26,6 +26,7 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
   D5  log-sum-exp over all actions, where Eq. (10) has the policy's expected value.
   D6  the Bellman target follows the policy, where Eq. (11) has the maximum.
   D7  the minimum of two critics in the Bellman target.  D19 a slowly following target critic.
+  D30 one of them learns from recorded rows alone.
   D8  imagined rows count in the Bellman error alone, if asked for in the value of Eq. (12), too.
       Eq. (10) prints them where values are pushed down, Eq. (12) in both of its terms; Algorithm 1
       has one sampled batch for everything.
@@ -265,6 +266,7 @@ def critic_loss(
     backup: str = "policy",
     imagined_in: str = "bellman",
     bounds: tuple[float, float] = (-math.inf, math.inf),
+    recorded_critic: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Conservative Q-learning on a mixed batch, summed over the K critics.
 
@@ -277,6 +279,7 @@ def critic_loss(
         imagined_in: where imagined rows count: "bellman" or "value", only in the Bellman error;
             "printed", as in Eq. (10), only among the values that are pushed down.
         bounds: of the next state's value in the Bellman target.
+        recorded_critic: the last of two critics or more has its Bellman error on real rows alone.
     """
     size, real = len(batch.reward), real_weights(is_real)
     with torch.no_grad():
@@ -299,8 +302,12 @@ def critic_loss(
         q_data, q_all = data_and_all_values(critic, batch, actor, noise)
     assert q_data.shape == q_all.shape == (critic.critics, size) and y.shape == (size,)
     printed = imagined_in == "printed"
-    bellman_rows, pushed_down = (real, 1.0) if printed else (1.0, real)  # Deviation D8
-    td = (q_data - y).square() * bellman_rows
+    all_rows = torch.ones_like(real)
+    bellman_rows, pushed_down = (real, all_rows) if printed else (all_rows, real)  # Deviation D8
+    of_critic = [bellman_rows] * critic.critics
+    if recorded_critic and critic.critics > 1:  # Deviation D30
+        of_critic[-1] = real
+    td = (q_data - y).square() * torch.stack(of_critic)
     regularisation = (q_all * pushed_down - q_data * real).mean(1).sum()
     bellman = 0.5 * td.mean(1).sum()
     loss = alpha * regularisation + bellman  # Eq. (10)
@@ -389,7 +396,7 @@ class MACQL:
             update on; 0 keeps it constant.
         tau: share by which the target critic follows per update.
         ema_decay: decay per update of the moving average; 0 evaluates the latest actor.
-        gamma, cql_alpha, conservative, backup, bounds: see `critic_loss`.
+        gamma, cql_alpha, conservative, backup, bounds, recorded_critic: see `critic_loss`.
         imagined_in: see `critic_loss` and `policy_loss`.
         bc_lambda: see `policy_loss`.
         policy_waits: updates in which the critic alone learns and the policies stay as they are.
@@ -401,6 +408,7 @@ class MACQL:
         self, actor: Actor, critic: Critic | None, lr=1e-3, decay_updates=0, tau=0.05,
         ema_decay=0.995, gamma=0.99, cql_alpha=0.1, conservative="logsumexp", backup="policy",
         imagined_in="bellman", bounds=(-math.inf, math.inf), bc_lambda=0.1, policy_waits=0,
+        recorded_critic=False,
     ):  # fmt: skip
         self.actor, self.ema_actor = actor, copy.deepcopy(actor)
         self.critic, self.critic_target = critic, copy.deepcopy(critic)
@@ -408,7 +416,7 @@ class MACQL:
         self.policy_waits = policy_waits if critic is not None else 0
         self.critic_loss = partial(
             critic_loss, gamma=gamma, alpha=cql_alpha, conservative=conservative, backup=backup,
-            imagined_in=imagined_in, bounds=bounds,
+            imagined_in=imagined_in, bounds=bounds, recorded_critic=recorded_critic,
         )  # fmt: skip
         self.policy_loss = partial(policy_loss, bc_lambda=bc_lambda, imagined_in=imagined_in)
         self.optimizers, self.schedules = {}, {}

@@ -135,6 +135,8 @@ class Args:
     actions in units of the data's; none leaves behaviour cloning; paper: cql [ours]"""
     critics: int = 2
     """D7: K, the Bellman target takes the minimum; paper: 1 [TD3]"""
+    recorded_critic: bool = True
+    """D30: the last of two critics or more learns from recorded rows alone; paper: no [ours]"""
     gamma: float = 0.99
     """discount per step [ours: the paper gives no value]"""
     tau: float = 0.05
@@ -174,15 +176,15 @@ class Args:
 CONTINUOUS = {"wm_updates": 10_000, "horizon": 5, "epsilon": 0.2, "rollout_batch_size": 3_000,
               "rollout_interval": 250, "u_scale": 2.5, "updates": 10_000,
               "synthetic_fraction": 2.0, "imagined_rows": "added+policy", "critic": "scaled",
-              "conservative": "expectation", "n_step": 1, "bc_lambda": 0.08,
-              "eval_every": 500, "eval_episodes": 20}  # fmt: skip
+              "recorded_critic": False, "conservative": "expectation", "n_step": 1,
+              "bc_lambda": 0.08, "eval_every": 500, "eval_episodes": 20}  # fmt: skip
 # Defaults with --paper: the literal reading of the paper
 PAPER = {"wm_lr": 1e-3, "wm_weight_decay": 0.0, "deduce_from": "obs", "heads": False,
          "clamp": False, "zeros": False, "observe": "predicted", "horizon": 15,
          "synthetic_fraction": 0.5, "imagined_rows": "printed", "epsilon": 0.0, "u_scale": 0.0,
-         "n_step": 1, "shared_actor": False, "critic": "cql", "critics": 1, "tau": 1.0,
-         "conservative": "expectation", "backup": "max", "warm_start": False,
-         "critic_first": 0.0, "bc_lambda": 1.0}  # fmt: skip
+         "n_step": 1, "shared_actor": False, "critic": "cql", "critics": 1,
+         "recorded_critic": False, "tau": 1.0, "conservative": "expectation", "backup": "max",
+         "warm_start": False, "critic_first": 0.0, "bc_lambda": 1.0}  # fmt: skip
 
 
 def defaults(env_id: str, paper: bool = False, kind: type[Args] = Args) -> Args:
@@ -240,7 +242,8 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         0.0 if args.paper else 0.995,  # ema_decay: Deviation D13
         args.gamma, args.cql_alpha, args.conservative, args.backup,
         imagined_in.get(args.imagined_rows, "bellman"), bounds,
-        bc_lambda, policy_waits=setup.waiting(args),  # Deviation D26
+        bc_lambda, setup.waiting(args),  # Deviation D26
+        args.recorded_critic,  # Deviation D30
     )  # fmt: skip
 
 

@@ -53,7 +53,8 @@ ROUNDS, CANDIDATES, ELITES, SIGMA = 2, 20, 5, 2.0
 class Args(train.Args):
     """OMAR: every agent searches for the best action under its own conservative critic."""
 
-    NO_EFFECT: ClassVar = ("critic", "conservative", "backup", "imagined_rows", "bc_lambda")
+    NO_EFFECT: ClassVar = ("critic", "recorded_critic", "conservative", "backup", "imagined_rows",
+                           "bc_lambda")  # fmt: skip
 
     ROBOTS_ONLY: ClassVar = ("cql_samples",)
     ON_ROBOTS: ClassVar = {"cql_alpha": 1.0, "rectification": 0.7}

@@ -49,8 +49,8 @@ Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]  # a scalar; 0-d parts witho
 class Args(train.Args):
     """OMIGA: every agent clones its good actions more than its bad ones."""
 
-    NO_EFFECT: ClassVar = ("critic", "critics", "cql_alpha", "conservative", "backup",
-                           "imagined_rows", "bc_lambda")  # fmt: skip
+    NO_EFFECT: ClassVar = ("critic", "critics", "recorded_critic", "cql_alpha", "conservative",
+                           "backup", "imagined_rows", "bc_lambda")  # fmt: skip
 
     synthetic_fraction: float = 0.0
     """share of imagined rows; more than 0 puts OMIGA on LOGO's world model [ours]"""

@@ -34,7 +34,7 @@ DEPARTURES = {  # what takes one back, as a variant is spelled: its id in docs/d
     "--wm-lr 0.001 --wm-weight-decay 0": "D15", "--epsilon 0": "D16", "--bc-lambda 1": "D17",
     "--no-warm-start": "D18", "--tau 1": "D19", "--u-scale 0": "D20",
     "--observe predicted": "D22", "--critic-first 0": "D26", "--imagined-rows instead": "D27",
-    "--n-step 1": "D28", "--paper": "all",
+    "--n-step 1": "D28", "--no-recorded-critic": "D30", "--paper": "all",
 }  # fmt: skip
 # What a departure that does not stand alone is compared with: D27 adds rows to those of D8
 WITHOUT = {"D8": ("--imagined-rows instead", "--paper"),

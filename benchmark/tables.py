@@ -55,7 +55,7 @@ IMAGINATION = {
     *("--shared-models", "--horizon", "--uncertainty", "--u-scale", "--wm-updates", "--wm-lr"),
     *("--wm-batch-size", "--wm-weight-decay", "--deduce-from", "--no-heads", "--no-zeros"),
     *("--observe", "--epsilon", "--rollout-batch-size", "--rollout-interval", "--cap"),
-    *("--imagined-rows", "--synthetic-fraction"),
+    *("--imagined-rows", "--synthetic-fraction", "--recorded-critic", "--no-recorded-critic"),
 }
 REMOVED = {"--draw-zeros"}  # of them, in rows of commits before 960bb6b alone
 NAMES = {  # a method that is not here: its key

@@ -307,7 +307,8 @@ def announce(args, device: torch.device, metadata: dict, name: str, usual: dict)
         f"{metadata['return_std']:.2f}{won}\n     sha256 {metadata['sha256']}"
     )
     if usual and not envs.is_robot(args.env_id):
-        flags = " ".join(f"--{k.replace('_', '-')} {value}" for k, value in usual.items())
+        told = {k.replace("_", "-"): value for k, value in usual.items()}
+        flags = " ".join(f"--no-{k}" if x is False else f"--{k} {x}" for k, x in told.items())
         print("     warning: this is none of the robots, so the defaults are those of discrete "
               f"actions; robots have {flags}")  # fmt: skip
     if metadata.get("win_rate") == 0:

@@ -308,10 +308,12 @@ def test_a_run_ends_with_finite_metrics(dataset, tmp_path):
 
 @pytest.mark.parametrize("flag", omar.Args.NO_EFFECT)
 def test_a_flag_without_effect_is_refused(flag):
-    other = {"critic": "none", "conservative": "expectation", "backup": "max",
-             "imagined_rows": "printed", "bc_lambda": "0.5"}  # fmt: skip
+    other = {"critic": "--critic none", "recorded_critic": "--no-recorded-critic",
+             "conservative": "--conservative expectation", "backup": "--backup max",
+             "imagined_rows": "--imagined-rows printed",
+             "bc_lambda": "--bc-lambda 0.5"}  # fmt: skip
     with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} is not for omar"):
-        go(f"--{flag.replace('_', '-')}", other[flag])
+        go(*other[flag].split())
 
 
 def test_the_weight_of_the_search_is_a_share():

@@ -633,7 +633,7 @@ def value_of(q: np.ndarray, joint: tuple) -> float:
 
 def naive_critic_loss(
     case, conservative="logsumexp", backup="policy", imagined_in="bellman",
-    bounds=(-math.inf, math.inf),
+    bounds=(-math.inf, math.inf), recorded_critic=False,
 ):  # fmt: skip
     """Eq. (10), (11) over discrete joint actions: (loss, regularisation, Bellman error)."""
     batch, k_all = case.batch, range(case.critic.critics)
@@ -677,9 +677,10 @@ def naive_critic_loss(
     rows, lowered = (range(B), real) if imagined_in == "bellman" else (real, range(B))
     regularisation = bellman = 0.0
     for k in k_all:
+        seen = real if recorded_critic and k == 1 else rows  # of two critics at most
         regularisation += np.mean([q_all[k, b] for b in lowered])
         regularisation -= np.mean([data[k, b] for b in real])
-        bellman += 0.5 * np.mean([(data[k, b] - y[b]) ** 2 for b in rows])
+        bellman += 0.5 * np.mean([(data[k, b] - y[b]) ** 2 for b in seen])
     return ALPHA * regularisation + bellman, regularisation, bellman
 
 
@@ -718,6 +719,7 @@ OPTIONS = [
     {"bounds": (-math.inf, -0.95)},
     {"backup": "max", "bounds": (-1.4, 0.4)},
     {"conservative": "expectation", "backup": "max", "imagined_in": "printed"},  # the paper's
+    {"recorded_critic": True},
 ]
 
 

@@ -319,6 +319,25 @@ def test_imagined_rows_have_a_bellman_error_unless_as_printed(imagined_in):
     assert (part(changed) == part(batch)) == (imagined_in == "printed")
 
 
+@pytest.mark.parametrize("discrete", [True, False])
+def test_the_recorded_critic_learns_from_recorded_rows_alone(discrete):
+    actor, critic, target, batch, is_real = build_policy(discrete)
+
+    def gradient(rows, recorded_critic=True):
+        """By critic, (K,...), with other rewards in these rows."""
+        changed = batch._replace(reward=batch.reward + rows)
+        given = (changed, is_real, 0.99, 0.1, None, "expectation")
+        loss, _ = critic_loss(critic, target, actor, *given, recorded_critic=recorded_critic)
+        return torch.autograd.grad(loss, critic.net[0].weight)[0]
+
+    imagined, plain = 1 - is_real, gradient(0.0)
+    moved = (gradient(imagined) != plain).flatten(1).any(1)
+    assert moved.tolist() == [True, False]  # the last critic does not see an imagined reward
+    assert (gradient(is_real) != plain).flatten(1).any(1).all()
+    both = gradient(imagined, False) != gradient(0.0, False)
+    assert both.flatten(1).any(1).all()
+
+
 @pytest.mark.parametrize("conservative", ["logsumexp", "expectation"])
 @pytest.mark.parametrize("imagined_in", ["bellman", "value", "printed"])
 def test_imagined_values_are_pushed_down_as_printed_alone(imagined_in, conservative):
