@@ -52,20 +52,16 @@ import torch.nn.functional as F
 
 
 class AgentLinear(nn.Module):
-    """N linear layers, one per agent, as one batched product: (B,N,I) -> (B,N,J).
+    """N linear layers, one per agent, as one batched product: (B,N,I) -> (B,N,J)."""
 
-    With shared weights the agents' layers differ in their biases alone.
-    """
-
-    def __init__(self, agents: int, fan_in: int, fan_out: int, shared: bool = False):
+    def __init__(self, agents: int, fan_in: int, fan_out: int):
         super().__init__()
-        bound, matrices = fan_in**-0.5, 1 if shared else agents
-        self.weight = nn.Parameter(torch.empty(matrices, fan_in, fan_out).uniform_(-bound, bound))
+        bound = fan_in**-0.5
+        self.weight = nn.Parameter(torch.empty(agents, fan_in, fan_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(agents, 1, fan_out).uniform_(-bound, bound))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.expand(len(self.bias), -1, -1)  # (N,I,J)
-        return torch.baddbmm(self.bias, x.transpose(0, 1), weight).transpose(0, 1)
+        return torch.baddbmm(self.bias, x.transpose(0, 1), self.weight).transpose(0, 1)
 
 
 def mlp(*sizes: int, layer: Callable = nn.Linear) -> nn.Sequential:
@@ -74,9 +70,9 @@ def mlp(*sizes: int, layer: Callable = nn.Linear) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def agent_mlp(agents: int, *sizes: int, shared: bool = False) -> nn.Sequential:
+def agent_mlp(agents: int, *sizes: int) -> nn.Sequential:
     """The same, one per agent."""
-    return mlp(*sizes, layer=partial(AgentLinear, agents, shared=shared))
+    return mlp(*sizes, layer=partial(AgentLinear, agents))
 
 
 def gaussian_nll(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -105,8 +101,6 @@ class LogoWM(nn.Module):
         clamp: False = the paper: imagined values may leave the range of the data.
         zeros: False = the paper: Gaussians alone, also for entries that are exactly 0 at times.
         observe: what the policy sees in a rollout: "deduced" or, as in the paper, "predicted".
-        shared: E_p, R_p and the head of available actions, which see what an agent sees, have the
-            same weights for all agents, with biases of their own; False = the paper.
     """
 
     compilable = ("loss", "step")  # functions of tensors alone, for torch.compile
@@ -125,23 +119,21 @@ class LogoWM(nn.Module):
         clamp: bool = True,
         zeros: bool = True,
         observe: str = "deduced",
-        shared: bool = False,
     ):
         super().__init__()
         n, o, s, a, h = num_agents, obs_dim, state_dim, action_dim, hidden
         self.discrete, self.deduce_from = discrete, deduce_from
         self.heads, self.clamp, self.zeros, self.observe = heads, clamp, zeros, observe
         k = 2 if zeros else 1  # numbers per entry: a mean, and a logit
-        local = partial(agent_mlp, n, shared=shared)
         self.enc_state = mlp(s, h)  # h_s, shared by the agents
-        self.enc_obs = local(o + a, h)  # h_o
-        self.enc_p = local(2 * h, h, k * o)  # E_p: (h_s, h_o) -> o_hat - o
-        self.dec_p = local(o, h, o + a)  # R_p: o_hat -> (o, a)
+        self.enc_obs = agent_mlp(n, o + a, h)  # h_o
+        self.enc_p = agent_mlp(n, 2 * h, h, k * o)  # E_p: (h_s, h_o) -> o_hat - o
+        self.dec_p = agent_mlp(n, o, h, o + a)  # R_p: o_hat -> (o, a)
         self.enc_d = agent_mlp(n, s + 1, h, h, k * o)  # E_d: (s_next, r) -> o_next
         context = ("state" in deduce_from) * s + ("actions" in deduce_from) * n * a
         self.dec_d = mlp(n * o + context, h, h, k * s + 1)  # R_d: o_hat of all agents -> (s', r')
         self.enc_ps = mlp(s + n * o + n * a, h, h, s + 1)  # E_ps -> (s_hat - s, r_hat)
-        self.avail_head = local(o, h // 2, a) if discrete else None  # Deviation D3
+        self.avail_head = agent_mlp(n, o, h // 2, a) if discrete else None  # Deviation D3
         self.end_head = mlp(s, h // 2, 2)  # Deviation D3: is s' the end, and its reward if it is
         self.register_statistics(n, o, s, statistics)
 

@@ -79,9 +79,6 @@ class Args:
     """D15: decoupled weight decay of the world model; paper: 0 [ours]"""
     deduce_from: Literal["obs", "obs+state", "obs+state+actions"] = "obs+state+actions"
     """D1: what R_d sees beside o_hat; paper: obs [Fig. 2]"""
-    shared_models: bool = False
-    """one set of weights for the local models of all agents, with biases of their own; no, as in
-    the paper: one each [ours]"""
     heads: bool = True
     """D3: learned heads for available actions and the episode's end; paper: no [ours]"""
     clamp: bool = True
@@ -207,7 +204,7 @@ def make_world_model(args: Args, spec: envs.Spec, data: OfflineDataset) -> LogoW
     return LogoWM(
         spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim, args.hidden, spec.discrete,
         data.statistics(), args.deduce_from, heads=args.heads, clamp=args.clamp, zeros=args.zeros,
-        observe=args.observe, shared=args.shared_models,
+        observe=args.observe,
     ).to(data.obs.device)  # fmt: skip
 
 

@@ -17,7 +17,6 @@ Sizes: B batch, N agents, O observation, S state, A action.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -56,19 +55,17 @@ class DirectWM(nn.Module):
 
     Args:
         rows: `JointRows` of the task. hidden: width of every layer.
-        shared: the agents' networks share their weights, as in `LogoWM`.
     """
 
     compilable = ("loss", "step")
 
-    def __init__(self, rows: JointRows, hidden: int = 256, shared: bool = False):
+    def __init__(self, rows: JointRows, hidden: int = 256):
         super().__init__()
         (n, o, s, a), h, k = rows.sizes, hidden, 1 + rows.zeros
         self.rows = rows
         self.enc_state = mlp(s, h)  # h_s, shared by the agents
-        local = partial(agent_mlp, n, shared=shared)
-        self.enc_obs = local(o + a, h)  # h_o
-        self.enc_p = local(2 * h, h, k * o)  # (h_s, h_o) -> o_hat - o
+        self.enc_obs = agent_mlp(n, o + a, h)  # h_o
+        self.enc_p = agent_mlp(n, 2 * h, h, k * o)  # (h_s, h_o) -> o_hat - o
         self.direct = mlp(h + n * h, h, h, k * s + 1)  # (h_s, h_o of all agents) -> (s' - s, r')
 
     def forward(self, obs, state, actions) -> torch.Tensor:
@@ -105,9 +102,8 @@ class DirectWM(nn.Module):
 
 def make_world_model(args: Args, spec, data) -> DirectWM:
     """The model for this task's data, on the data's device."""
-    flags = args.zeros, args.heads, args.clamp, args.shared_models
-    rows = JointRows(spec, data, args.hidden, *flags)
-    return DirectWM(rows, args.hidden, args.shared_models).to(data.obs.device)
+    rows = JointRows(spec, data, args.hidden, args.zeros, args.heads, args.clamp)
+    return DirectWM(rows, args.hidden).to(data.obs.device)
 
 
 def _self_check():

@@ -49,7 +49,7 @@ from baselines.joint import JointRows, check
 class Args(train.Args):
     """MOPO: an ensemble of seven networks, whose doubt is subtracted from imagined rewards."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "shared_models", "observe", "critic")
+    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic")
 
     uncertainty: Literal["weight", "penalty", "none"] = "penalty"
     """use of u: reward penalty of MOPO, sampling weight of LOGO's Eq. (7), or none [MOPO]"""

@@ -34,7 +34,7 @@ class JointRows(nn.Module):
     Args:
         spec: `envs.Spec` of the task. data: `OfflineDataset`, for its statistics.
         hidden: width of the heads is half of it.
-        zeros, heads, clamp: as in `LogoWM` (D11, D3, D4). shared: so is the head of the actions.
+        zeros, heads, clamp: as in `LogoWM` (D11, D3, D4).
     """
 
     standardise, restore = LogoWM.standardise, LogoWM.restore
@@ -43,15 +43,14 @@ class JointRows(nn.Module):
     register_statistics, head_losses = LogoWM.register_statistics, LogoWM.head_losses
     read_heads = LogoWM.read_heads
 
-    def __init__(self, spec, data, hidden, zeros=True, heads=True, clamp=True, shared=False):
+    def __init__(self, spec, data, hidden, zeros=True, heads=True, clamp=True):
         super().__init__()
         n, o, s, a = spec.num_agents, spec.obs_dim, spec.state_dim, spec.action_dim
         self.sizes, self.discrete = (n, o, s, a), spec.discrete
         self.zeros, self.heads, self.clamp = zeros, heads, clamp
         self.num_inputs, self.num_values = s + n * o + n * a, s + n * o + 1
         self.size = self.num_values + zeros * (s + n * o)
-        head = (n, o, hidden // 2, a)
-        self.avail_head = agent_mlp(*head, shared=shared) if spec.discrete else None
+        self.avail_head = agent_mlp(n, o, hidden // 2, a) if spec.discrete else None
         self.end_head = mlp(s, hidden // 2, 2)  # is s' the end, and its reward if it is
         self.register_statistics(n, o, s, data.statistics())
 

@@ -47,7 +47,7 @@ from logo_wm import LogoWM, mlp
 class Args(train.Args):
     """MAMBA: a recurrent world model with discrete latents and attention between the agents."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "shared_models", "observe", "critic", "uncertainty",
+    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic", "uncertainty",
                            "cap", "u_scale")  # fmt: skip
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"

@@ -62,7 +62,7 @@ from logo_wm import LogoWM, mlp
 class Args(train.Args):
     """MAZero's world model: latent states that agents advance together, five steps at a time."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "shared_models", "observe", "critic", "uncertainty",
+    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic", "uncertainty",
                            "cap", "u_scale")  # fmt: skip
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"

@@ -50,7 +50,7 @@ MEASURED, CHUNK = 20_000, 2_000  # rows of the data that the threshold is from, 
 class Args(train.Args):
     """MOReL: four networks; where they disagree, an imagined episode ends with a penalty."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "shared_models", "observe", "critic")
+    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic")
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"
     """further use of u = disc: sampling weight of LOGO's Eq. (7), reward penalty of its Eq. (1), or

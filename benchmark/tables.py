@@ -52,12 +52,12 @@ BOOTSTRAP_DRAWS = 10_000
 TUNED_ON = ("3s_vs_5z", "2s3z", "5m_vs_6m", "3s5z_vs_3s6z", *PAPER_MUJOCO)
 # Flags that change nothing without a world model
 IMAGINATION = {
-    *("--shared-models", "--horizon", "--uncertainty", "--u-scale", "--wm-updates", "--wm-lr"),
+    *("--horizon", "--uncertainty", "--u-scale", "--wm-updates", "--wm-lr"),
     *("--wm-batch-size", "--wm-weight-decay", "--deduce-from", "--no-heads", "--no-zeros"),
     *("--observe", "--epsilon", "--rollout-batch-size", "--rollout-interval", "--cap"),
     *("--imagined-rows", "--synthetic-fraction", "--recorded-critic", "--no-recorded-critic"),
 }
-REMOVED = {"--draw-zeros"}  # of them, in rows of commits before 960bb6b alone
+REMOVED = {"--draw-zeros", "--shared-models"}  # of them, in rows of earlier commits alone
 NAMES = {  # a method that is not here: its key
     "logo": "LOGO",
     "macql": "MACQL",

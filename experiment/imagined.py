@@ -92,8 +92,7 @@ def make_model(args: dict, data: OfflineDataset, weights: dict) -> LogoWM:
     names = ("deduce_from", "heads", "clamp", "zeros", "observe")
     sizes = n, o, s, a, args["hidden"], data.avail is not None, data.statistics()
     try:
-        flags = {k: args[k] for k in names} | {"shared": args["shared_models"]}
-        model = LogoWM(*sizes, **flags)
+        model = LogoWM(*sizes, **{k: args[k] for k in names})
         model.load_state_dict(weights)
     except (KeyError, RuntimeError) as e:
         raise ValueError(f"its world model is not a LogoWM: {' '.join(str(e).split())}.") from e

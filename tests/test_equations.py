@@ -29,7 +29,6 @@ B, N, O, S, A, HIDDEN = 5, 3, 4, 6, 3, 7  # noqa: E741
 CLOSE = {"rel": 1e-10, "abs": 1e-10}
 DEDUCE_FROM = ("obs", "obs+state", "obs+state+actions")
 zeros_or_not = pytest.mark.parametrize("zeros", [True, False])
-shared_or_not = pytest.mark.parametrize("shared", [True, False])
 heads_or_not = pytest.mark.parametrize("heads", [True, False])
 either_sight = pytest.mark.parametrize("observe", ["deduced", "predicted"])
 
@@ -93,9 +92,7 @@ def perceptron(net, x: np.ndarray, member: int | None = None) -> np.ndarray:
         if member is None:
             x = array(layer.weight) @ x + array(layer.bias)
         else:
-            shared = len(layer.weight) == 1  # one matrix for all agents
-            matrix = array(layer.weight[0 if shared else member])
-            x = matrix.T @ x + array(layer.bias[member, 0])
+            x = array(layer.weight[member]).T @ x + array(layer.bias[member, 0])
         if k < len(layers) - 1:
             x = np.maximum(x, 0.0)
     return x
@@ -365,10 +362,9 @@ def test_without_zeros_and_heads_eq_3_and_4_are_the_papers():
 @heads_or_not
 @either_sight
 @zeros_or_not
-@shared_or_not
 @pytest.mark.parametrize("deduce_from", DEDUCE_FROM)
-def test_eq_5_and_a_step_equal_a_loop(deduce_from, shared, zeros, observe, heads):
-    options = {"zeros": zeros, "observe": observe, "heads": heads, "shared": shared}
+def test_eq_5_and_a_step_equal_a_loop(deduce_from, zeros, observe, heads):
+    options = {"zeros": zeros, "observe": observe, "heads": heads}
     model, batch, naive = build(deduce_from, **options)
     out = model.step(batch.obs, batch.state, batch.actions)
     for b in range(B):
@@ -496,10 +492,9 @@ def test_eq_6_equals_a_loop_over_rows(zeros):
 @heads_or_not
 @either_sight
 @zeros_or_not
-@shared_or_not
 @pytest.mark.parametrize("discrete", [True, False])
-def test_the_objective_is_the_sum_of_its_parts(discrete, shared, zeros, observe, heads):
-    options = {"shared": shared, "zeros": zeros, "observe": observe, "heads": heads}
+def test_the_objective_is_the_sum_of_its_parts(discrete, zeros, observe, heads):
+    options = {"zeros": zeros, "observe": observe, "heads": heads}
     model, batch, naive = build(discrete=discrete, **options)
     total, parts = model.loss(batch)
     end = avail = 0.0

@@ -225,6 +225,6 @@ def test_a_robot_in_a_film_moves_as_its_velocity_says(monkeypatch):
 
 def test_a_checkpoint_from_before_a_flag_is_one_sentence(dataset):
     data = train.load_dataset(dataset, torch.device("cpu"))[0]
-    with pytest.raises(ValueError, match="its world model is not a LogoWM: 'shared_models'"):
+    with pytest.raises(ValueError, match="its world model is not a LogoWM: 'observe'"):
         flags = vars(train.Args())
-        imagined.make_model({k: flags[k] for k in flags if k != "shared_models"}, data, {})
+        imagined.make_model({k: flags[k] for k in flags if k != "observe"}, data, {})

@@ -276,7 +276,6 @@ def test_a_clone_does_not_wait_for_a_critic():
 
 FLAGS = [
     "--deduce-from obs", "--deduce-from obs+state", "--no-heads", "--no-clamp", "--no-zeros",
-    "--shared-models",
     "--observe predicted", "--imagined-rows printed", "--n-step 1",
     "--uncertainty penalty", "--uncertainty shuffled", "--uncertainty none",
     "--no-shared-actor", "--critic-first 0",
@@ -382,7 +381,7 @@ def test_defaults_follow_the_kind_of_action(env_id):
 
 
 def test_there_are_at_most_fifty_flags():
-    assert len(dataclasses.fields(train.Args)) <= 51
+    assert len(dataclasses.fields(train.Args)) <= 50
 
 
 def test_what_another_method_sets_itself_stays_on_robots():
