@@ -20,7 +20,9 @@ from benchmark.rows import Error, key_of
 from experiment.report import over_seeds
 
 HORIZONS = 5, 10, 15, 20
-EARLIER = "--defaults a7022f9"  # no flag: rows of robots with the defaults until that commit
+# No flags: rows of robots, and of maps, with the defaults until those commits
+EARLIER = "--defaults a7022f9"
+BEFORE_D30 = "--defaults ba22afa"
 USES = {  # of u, by how a variant begins
     "": "weights exp(-u)",
     "--uncertainty shuffled": "weights of another rollout's u",
@@ -36,9 +38,12 @@ DEPARTURES = {  # what takes one back, as a variant is spelled: its id in docs/d
     "--observe predicted": "D22", "--critic-first 0": "D26", "--imagined-rows instead": "D27",
     "--n-step 1": "D28", "--no-recorded-critic": "D30", "--paper": "all",
 }  # fmt: skip
-# What a departure that does not stand alone is compared with: D27 adds rows to those of D8
+NO_D30 = "--no-recorded-critic"
+# What a departure that does not stand alone is compared with: D27 adds rows to those of D8, D30
+# needs D7; all others were taken back before D30
 WITHOUT = {"D8": ("--imagined-rows instead", "--paper"),
-           "D27": ("", "--paper --imagined-rows instead")}  # fmt: skip
+           "D27": (NO_D30, "--paper --imagined-rows instead"),
+           "D30": ("", "--paper --critics 2")}  # fmt: skip
 
 
 def returns(runs: dict | None) -> str:
@@ -140,6 +145,14 @@ def added_alone(spelled: str) -> str:
     return " ".join(["--paper", *(f"--{name}{x}" for (_, name), x in zip(back, told, strict=True))])
 
 
+def departure(variant: str) -> str | None:
+    """The flags of `DEPARTURES` for a variant of maps, where it is of the ladder: "" or D30 taken
+    back alone, another one taken back before D30, or the paper's letter and more."""
+    if variant.startswith(BEFORE_D30):
+        return variant.removeprefix(BEFORE_D30).strip() or NO_D30
+    return variant if variant == "" or variant.startswith("--paper") else None
+
+
 def changes(groups: dict) -> dict[tuple, str]:
     """What LOGO's return changes by through one departure, seed by seed: by cell and flags, those
     that take it back or add it to the letter, where there are runs to compare them with.
@@ -147,11 +160,11 @@ def changes(groups: dict) -> dict[tuple, str]:
     Args:
         groups: of `tables.group`.
     """
-    logo = {(cell, variant): runs for (cell, variant, method), runs in groups.items()
-            if method == "logo"}  # fmt: skip
+    logo = {(cell, departure(variant)): runs for (cell, variant, method), runs in groups.items()
+            if method == "logo" and departure(variant) is not None}  # fmt: skip
     base_of = {}
     for variant, name in DEPARTURES.items():
-        base_of[variant], base_of[added_alone(variant)] = WITHOUT.get(name, ("", "--paper"))
+        base_of[variant], base_of[added_alone(variant)] = WITHOUT.get(name, (NO_D30, "--paper"))
     found = {}
     for (cell, variant), runs in logo.items():
         usual = logo.get((cell, base_of.get(variant)), {})
@@ -171,8 +184,8 @@ def departures(groups: dict) -> str:
     """
     found = changes(groups)
     cells = [*dict.fromkeys(cell for cell, _ in found)]
-    bases = [groups.get((cell, base, "logo")) for cell in cells for base in ("", "--paper")]
-    lines = [["none", "", *map(returns, bases)]]
+    bases = [groups.get((cell, base, "logo")) for cell in cells for base in (BEFORE_D30, "--paper")]
+    lines = [["none, before D30", "", *map(returns, bases)]]
     for variant, name in DEPARTURES.items():
         line = [name, code(variant)]
         for cell in cells:

@@ -13,7 +13,15 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from behaviour import Quality
-from benchmark.ablations import EARLIER, changes, departures, horizons, sizes, uncertainty
+from benchmark.ablations import (
+    EARLIER,
+    changes,
+    departure,
+    departures,
+    horizons,
+    sizes,
+    uncertainty,
+)
 from benchmark.grid import BASELINES, METHODS, ORACLES, WORLD_MODELS
 from benchmark.iqm import iqm_table
 from benchmark.markdown import code, fill_files, table
@@ -405,7 +413,7 @@ def ceiling_tables(groups: Groups) -> dict[str, str]:
             known = ["-" if x is None else f"{x:.2f}" for x in values]
             return ", ".join(known) if runs else ""
 
-        if by_method.keys() == {"model"} and (cell, variant) in alone:
+        if by_method.keys() == {"model"} and (cell, departure(variant)) in alone:
             continue
         kind = "tuning" if by_method.keys() <= {"macql", "model"} else "ceiling"
         scores = [each(by_method.get(m, {})) for m in ("macql", *columns[kind])]

@@ -20,7 +20,7 @@ import scipy.stats
 import train
 from benchmark import __main__ as command_line
 from benchmark import figures, grid, iqm, launchers, tables
-from benchmark.ablations import DEPARTURES, added_alone
+from benchmark.ablations import BEFORE_D30, DEPARTURES, added_alone
 from benchmark.grid import variant
 from benchmark.markdown import fill, fill_files
 from benchmark.rows import ROOT, Depth, Error, Result, key_of, read, record, result, write
@@ -446,29 +446,35 @@ def test_sizes_of_the_data_stand_below_each_other():
 
 
 def test_departures_are_compared_with_the_default_seed_by_seed():
+    def before(flags="", **others):
+        return row(variant=f"{BEFORE_D30} {flags}".strip(), **others)
+
     rows = [
-        row(seed=1, mean=9.0), row(seed=2, mean=6.0), row("macql", mean=1.0, variant="--n-step 1"),
-        row(seed=2, mean=4.0, variant="--n-step 1"), row(seed=1, mean=8.0, variant="--n-step 1"),
-        row(seed=3, mean=99.0, variant="--n-step 1"), row(seed=1, mean=10.0, variant="--no-heads"),
-        row(seed=1, mean=0.0, variant="--n-step 1 --no-heads"), row(mean=1.0, env_id="2s3z"),
+        before(seed=1, mean=9.0), before(seed=2, mean=6.0), row(seed=2, mean=6.5),
+        row("macql", mean=1.0, variant=f"{BEFORE_D30} --n-step 1"),
+        row(seed=2, mean=77.0, variant="--n-step 1"),  # with D30, so not of this table
+        before("--n-step 1", seed=2, mean=4.0), before("--n-step 1", seed=1, mean=8.0),
+        before("--n-step 1", seed=3, mean=99.0), before("--no-heads", seed=1, mean=10.0),
+        before("--n-step 1 --no-heads", seed=1, mean=0.0), before(mean=1.0, env_id="2s3z"),
         row(seed=2, mean=0.5, variant="--paper"), row(seed=2, mean=2.0, variant="--paper --heads"),
-        row(seed=2, mean=0.0, variant="--paper --n-step 5"), row(mean=7.0, variant="--horizon 5"),
-        row(seed=2, mean=5.0, variant="--imagined-rows instead"),
-        row(seed=2, mean=4.5, variant="--imagined-rows printed"),
+        row(seed=2, mean=0.0, variant="--paper --n-step 5"), before("--horizon 5", mean=7.0),
+        before("--imagined-rows instead", seed=2, mean=5.0),
+        before("--imagined-rows printed", seed=2, mean=4.5),
         row(seed=2, mean=1.5, variant="--paper --imagined-rows instead"),
         row(seed=2, mean=2.5, variant="--paper --imagined-rows added"),
-        row(mean=3.0, env_id="2s3z", variant="--imagined-rows printed"),  # nothing to compare with
+        before("--imagined-rows printed", mean=3.0, env_id="2s3z"),  # nothing to compare with
     ]  # fmt: skip
     tuning = tables.ceiling_tables(tables.group(rows))["tuning"]
-    assert "`--imagined-rows printed`" in tuning and "`--no-heads`" not in tuning
+    assert f"`{BEFORE_D30} --imagined-rows printed`" in tuning
+    assert f"`{BEFORE_D30} --no-heads`" not in tuning
     header, _, usual, *lines = tables.departures(tables.group(rows)).splitlines()
     assert header.count("3s_vs_5z smax medium") == 2 and "2s3z" not in header
     assert "(2) | 0.50" in usual
     by_id = {line.split()[1]: [x.strip() for x in line.split("|")[3:-1]] for line in lines}
     assert by_id["D28"] == ["-1.50 (-1.00, -2.00)", "-0.50"] and by_id["D3"] == ["+1.00", "+1.50"]
-    assert by_id["all"] == ["-5.50", ""]
+    assert by_id["all"] == ["-5.50", ""] and by_id["D30"] == ["-0.50", "not run"]
     assert by_id["D8"] == ["-0.50", "+1.00"] and by_id["D27"] == ["-1.00", "+1.00"]
-    others = [x for k, x in by_id.items() if k not in ("D3", "D8", "D27", "D28", "all")]
+    others = [x for k, x in by_id.items() if k not in ("D3", "D8", "D27", "D28", "D30", "all")]
     assert all(x == ["not run", "not run"] for x in others)
 
 
