@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.stats import trim_mean
 
+from benchmark.ablations import BEFORE_D30
 from benchmark.grid import BASELINES, METHODS
 from benchmark.markdown import table
 from benchmark.rows import Result
@@ -44,7 +45,7 @@ def iqm_table(groups: dict, names: dict[str, str]) -> str:
     """One line per method: IQM over its runs with default flags; of LOGO minus it, run by run.
 
     The difference is taken for each cell and seed that both have. Every run counts alike, so a cell
-    with more seeds weighs more.
+    with more seeds weighs more. Maps whose field was run before D30 count as cells of their own.
 
     Args:
         groups: of `tables.group`.
@@ -52,12 +53,15 @@ def iqm_table(groups: dict, names: dict[str, str]) -> str:
     """
     by_method: dict[str, dict] = {}  # method -> cell -> seed -> run
     cells = {}  # as an ordered set
+    earlier = {cell for cell, variant, method in groups
+               if variant == BEFORE_D30 and method in BASELINES}  # fmt: skip
     for (cell, variant, method), runs in groups.items():
         some = {k: r for k, r in runs.items() if r.return_mean is not None}
-        if variant == "" and some and method in (*METHODS, *BASELINES):
-            cells[cell] = None
+        usual = variant == "" or (variant == BEFORE_D30 and cell in earlier)
+        if usual and some and method in (*METHODS, *BASELINES):
+            cells[cell, variant] = None
             if all(r.data_return > 0 for r in some.values()):
-                by_method.setdefault(method, {})[cell] = some
+                by_method.setdefault(method, {})[cell, variant] = some
 
     def line(kind: list[list[float]], form: Callable[[float], str]) -> list[str]:
         bounds = interval(kind)
