@@ -115,7 +115,7 @@ def test_a_robot_goes_on_from_recorded_rows(tmp_path):
 
 def test_windows_are_recorded_steps_up_to_the_end_of_the_episode(smax):
     data, _ = smax
-    placebo = oracle.Windows(make_model("3s_vs_5z", data), data)
+    placebo = oracle.Windows(data)
     starts = data.sample(50, torch.Generator().manual_seed(1))
     out = placebo.imagine(None, starts, 15, None)
     assert torch.equal(out["obs"][0], starts.obs) and torch.equal(out["obs"][1], starts.next_obs)
