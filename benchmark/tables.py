@@ -287,48 +287,54 @@ def gains(groups: Groups, plain: bool) -> str:
     )  # fmt: skip
 
 
-def gains_by_cell(groups: Groups, learners: Iterable[str]) -> dict[Cell, np.ndarray]:
-    """LOGO's gain by seed, of every cell that both have, in % of the best mean return of MACQL.
+def gains_by_cell(
+    groups: Groups, method: str = "logo", over: Iterable[tuple[str, str]] = (("", "macql"),)
+) -> dict[Cell, np.ndarray]:
+    """A method's gain by seed in every cell, in % of the best mean return that MACQL has there.
 
     Args:
-        learners: MACQL's variants; in each cell the one with the highest mean counts.
+        over: (variant, method) of the others; in each cell the one with the highest mean counts.
     """
 
     def mean(runs: Runs) -> float:
         return float(np.mean([row.return_mean for row in runs.values()]))
 
     gains = {}
-    for (cell, variant, method), runs in groups.items():
-        every = {x: groups[key] for x in ("", EARLIER) if (key := (cell, x, "macql")) in groups}
-        others = [every[x] for x in learners if x in every]
-        if variant == "" and method == "logo" and others:
-            by_seed, _ = paired_difference(runs, max(others, key=mean))
+    for cell, by_method in by_cell(groups).items():
+        known = [groups.get((cell, variant, "macql")) for variant in ("", EARLIER)]
+        others = [groups[cell, *key] for key in over if (cell, *key) in groups]
+        if method in by_method and others and any(known):
+            by_seed, _ = paired_difference(by_method[method], max(others, key=mean))
             if by_seed:  # a seed in common
-                gains[cell] = 100 * np.array(by_seed) / abs(max(map(mean, every.values())))
+                gains[cell] = 100 * np.array(by_seed) / abs(max(map(mean, filter(None, known))))
     return gains
 
 
 def aggregate(groups: Groups) -> str:
-    """Over all cells that LOGO and MACQL have with their defaults: the gain in % of MACQL's return.
+    """Over cells: LOGO's gain over MACQL, and over what separates imagination from larger batches.
 
     Robots had another learner before, with which MACQL fails in no run; where there are rows of it,
-    the gain is also over the better of MACQL's two. The interval is a bootstrap in two levels:
-    cells with replacement, and in each of them seeds.
+    the gain is also over the better of MACQL's two. Where recorded steps filled D_m (a placebo),
+    LOGO's gain over MACQL is that of the placebo and what LOGO has beyond it. The interval is a
+    bootstrap in two levels: cells with replacement, and in each of them seeds.
     """
-    lines, gains = [], gains_by_cell(groups, [""])
-    better = gains_by_cell(groups, ["", EARLIER])
     kinds = {
         "all": lambda env_id: True,
         "maps": lambda env_id: not is_robot(env_id),
         "robots": is_robot,
         "not tuned on": lambda env_id: env_id not in TUNED_ON,
     }
-    chosen = [(name, gains, counts) for name, counts in kinds.items()]
-    if any(variant == EARLIER for _, variant, _ in groups):
-        of_two = "MACQL's better learner"
-        chosen += [(f"{name}, {of_two}", better, kinds[name]) for name in ("all", "robots")]
-    for name, of_cells, counts in chosen:
-        some = [x for cell, x in of_cells.items() if counts(cell.env_id)]
+    robots_earlier = any(variant == EARLIER for _, variant, _ in groups)
+    of_two = gains_by_cell(groups, over=(("", "macql"), (EARLIER, "macql")))
+    compared = {
+        "LOGO over MACQL": (gains_by_cell(groups), kinds),
+        "LOGO over MACQL's better learner": (of_two, ("all", "robots") if robots_earlier else ()),
+        "recorded steps over MACQL": (gains_by_cell(groups, "windows"), kinds),
+        "LOGO over recorded steps": (gains_by_cell(groups, over=(("", "windows"),)), kinds),
+    }
+    lines, every = [], ((name, gains, k) for name, (gains, some) in compared.items() for k in some)
+    for name, gains, kind in every:
+        some = [x for cell, x in gains.items() if kinds[kind](cell.env_id)]
         if not some:
             continue
         rng, count = np.random.default_rng(0), len(some)
@@ -340,10 +346,33 @@ def aggregate(groups: Groups) -> str:
         above = sum(x > 0 for x in means)
         seeds = "-".join(map(str, sorted({min(map(len, some)), max(map(len, some))})))
         interval = f"{low:+.1f} to {high:+.1f}" if count > 1 else ""
-        lines.append([name, count, seeds, above, f"{np.mean(means):+.1f}", interval])
+        lines.append([name, kind, count, seeds, above, f"{np.mean(means):+.1f}", interval])
     return table(
-        ["cells", "number", "seeds", "LOGO above MACQL", "mean gain, % of MACQL's return",
+        ["gain of", "cells", "number", "seeds", "above in", "mean, % of MACQL's return",
          "95 % interval"],
+        lines,
+    )  # fmt: skip
+
+
+def placebo(groups: Groups) -> str:
+    """One line per cell in which recorded steps filled D_m with the default flags: MACQL, this
+    placebo and LOGO over the seeds that all three have.
+    """
+    lines = []
+    for cell, by_method in by_cell(groups).items():
+        three = [by_method.get(method, {}) for method in ("macql", "windows", "logo")]
+        seeds = [seed for seed in three[1] if all(seed in runs for runs in three)]
+        if not seeds:
+            continue
+        three = [{seed: runs[seed] for seed in seeds} for runs in three]
+        line = [*cell, len(seeds), *(over(runs, "return_mean") for runs in three)]
+        for one, other in ((three[1], three[0]), (three[2], three[1])):
+            by_seed, _ = paired_difference(one, other)
+            line += [f"{np.mean(by_seed):+.2f}", ", ".join(f"{x:+.2f}" for x in by_seed)]
+        lines.append(line)
+    return table(
+        ["task", "simulator", "data", "seeds", "MACQL", NAMES["windows"], "LOGO",
+         "recorded steps - MACQL", "by seed", "LOGO - recorded steps", "by seed"],
         lines,
     )  # fmt: skip
 
@@ -352,7 +381,7 @@ def world_model(groups: Groups) -> str:
     """One line per group that trained a world model: its one-step errors."""
     lines = []
     for (cell, variant, method), runs in groups.items():
-        if any(row.state_mse is not None for row in runs.values()):
+        if method != "windows" and any(row.state_mse is not None for row in runs.values()):
             states = ("state_mse", "direct_state_mse", "persistence_state_mse")
             rewards = ("reward_mse", "direct_reward_mse")
             lines.append([
@@ -454,8 +483,8 @@ def errors_table(rows: list[Error]) -> str:
 def results_tables(rows: list[Result]) -> dict[str, str]:
     """All tables of results by the names that the texts' markers use."""
     groups = group(rows)
-    makers = (comparison, field, field_differences, scores, aggregate, uncertainty, sizes,
-              world_model, origin)  # fmt: skip
+    makers = (comparison, field, field_differences, scores, aggregate, placebo, uncertainty,
+              sizes, world_model, origin)  # fmt: skip
     made = {"differences": gains(groups, plain=True), "variants": gains(groups, plain=False)}
     made |= {make.__name__.replace("_", "-"): make(groups) for make in makers}
     return made | {"iqm": iqm_table(groups, NAMES)}

@@ -299,7 +299,7 @@ def test_a_cell_without_a_common_seed_is_not_in_the_aggregate():
     rows = [row("logo", 1, 11.0), row("macql", 1, 10.0)]
     other = [row("logo", s, 3.0, env_id="2s3z") for s in (2, 3)]
     rows += [*other, row("macql", 1, 9.0, env_id="2s3z")]
-    assert "| all | 1 | 1 | 1 | +10.0 |" in tables.aggregate(tables.group(rows))
+    assert "| LOGO over MACQL | all | 1 | 1 | 1 | +10.0 |" in tables.aggregate(tables.group(rows))
     assert "| 2s3z | smax | medium | 1-2 |" in tables.comparison(tables.group(rows))
 
 
@@ -313,11 +313,11 @@ def test_the_aggregate_is_over_cells_in_shares_of_macqls_return():
     ]
     lines = tables.aggregate(tables.group(rows)).splitlines()
     every, smax, untuned = ([x.strip() for x in line.split("|")[1:-1]] for line in lines[2:])
-    assert smax == ["maps", *every[1:]]  # there is no robot
-    assert every[:5] == ["all", "2", "2", "1", f"{(15.0 - 6.25) / 2:+.1f}"]
-    low, high = map(float, every[5].split(" to "))
+    assert smax == ["LOGO over MACQL", "maps", *every[2:]]  # there is no robot
+    assert every[1:6] == ["all", "2", "2", "1", f"{(15.0 - 6.25) / 2:+.1f}"]
+    low, high = map(float, every[6].split(" to "))
     assert -12.5 <= low < 4.4 < high <= 20.0  # the worst and the best seed alone
-    assert untuned == ["not tuned on", "1", "2", "0", "-6.2", ""]
+    assert untuned[1:] == ["not tuned on", "1", "2", "0", "-6.2", ""]
 
 
 def test_the_aggregate_has_the_better_of_macqls_learners():
@@ -326,9 +326,23 @@ def test_the_aggregate_has_the_better_of_macqls_learners():
     assert "better" not in tables.aggregate(tables.group(rows))
     rows.append(row("macql", 1, 20.0, env_id="Ant-2x4", variant=tables.EARLIER))
     told = tables.aggregate(tables.group(rows))
-    assert "| robots | 1 | 1 | 1 | +100.0 |" in told
-    assert "| robots, MACQL's better learner | 1 | 1 | 1 | +50.0 |" in told
-    assert "| all, MACQL's better learner | 2 | 1 | 2 | +30.0 |" in told
+    assert "| LOGO over MACQL | robots | 1 | 1 | 1 | +100.0 |" in told
+    assert "| LOGO over MACQL's better learner | robots | 1 | 1 | 1 | +50.0 |" in told
+    assert "| LOGO over MACQL's better learner | all | 2 | 1 | 2 | +30.0 |" in told
+
+
+def test_the_placebos_gain_and_logos_beyond_it_add_up():
+    means = {"macql": [10.0, 20.0], "windows": [11.0, 23.0, 90.0], "logo": [14.0, 22.0]}
+    rows = [row(m, seed, x) for m, both in means.items() for seed, x in enumerate(both)]
+    rows.append(row("macql", 0, 7.0, env_id="2s3z"))  # no placebo there
+    (line,) = tables.placebo(tables.group(rows)).splitlines()[2:]
+    assert line.endswith("| +2.00 | +1.00, +3.00 | +1.00 | +3.00, -1.00 |")  # of two seeds
+    assert "| medium | 2 |" in line and "2s3z" not in line
+    told = tables.aggregate(tables.group(rows))
+    assert f"| LOGO over MACQL | maps | 1 | 2 | 1 | {300 / 15:+.1f} |" in told
+    assert f"| recorded steps over MACQL | maps | 1 | 2 | 1 | {200 / 15:+.1f} |" in told
+    assert f"| LOGO over recorded steps | maps | 1 | 2 | 1 | {100 / 15:+.1f} |" in told
+    assert "windows" not in tables.world_model(tables.group(rows))
 
 
 def test_the_bootstrap_draws_seeds_within_cells(monkeypatch):
