@@ -147,7 +147,7 @@ def draw_panel(ax, runs: dict[tuple[str, str], Runs]) -> None:
     known = get_args(Quality)
     qualities = list(dict.fromkeys(quality for quality, _ in runs))
     qualities.sort(key=lambda q: known.index(q) if q in known else len(known))
-    columns = [*METHODS, "clone"]
+    columns = [*METHODS, "windows", "clone"]
     for k, name in enumerate(columns):
         points = []
         for x, quality in enumerate(qualities):
