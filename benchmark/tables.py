@@ -326,12 +326,12 @@ def aggregate(groups: Groups) -> str:
     }
     robots_earlier = any(variant == EARLIER for _, variant, _ in groups)
     of_two = gains_by_cell(groups, over=(("", "macql"), (EARLIER, "macql")))
-    three = ("all", "maps", "robots")
+    both = "maps", "robots"
     compared = {
         "LOGO over MACQL": (gains_by_cell(groups), kinds),
         "LOGO over MACQL's better learner": (of_two, ("all", "robots") if robots_earlier else ()),
-        "recorded steps over MACQL": (gains_by_cell(groups, "windows"), three),
-        "LOGO over recorded steps": (gains_by_cell(groups, over=(("", "windows"),)), three),
+        "recorded steps over MACQL": (gains_by_cell(groups, "windows"), both),
+        "LOGO over recorded steps": (gains_by_cell(groups, over=(("", "windows"),)), both),
     }
     lines, every = [], ((name, gains, k) for name, (gains, some) in compared.items() for k in some)
     for name, gains, kind in every:
