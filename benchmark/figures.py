@@ -176,7 +176,8 @@ def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
     """A PNG with one column per cell: returns by what D_m holds, and values by depth below.
 
     Of a cell's variants that can still be run, the one in which D_m was filled in the most ways is
-    drawn in colour, the others with the true simulator in grey.
+    drawn in colour, the others with the true simulator in grey; values by depth are of that
+    variant, or of the next one that has them.
 
     Raises:
         ValueError: no run had the true simulator in the world model's place.
@@ -206,11 +207,17 @@ def draw_ceiling(groups: Groups, depths: list[Depth]) -> bytes:
         ax.invert_yaxis()
         ax.set_title("\n".join([f"{cell.env_id}, {cell.quality}", *textwrap.wrap(coloured, 40)]))
         ax.set_xlabel("return (grey: other flags)")
-        along = [d for d in depths if (d.env_id, d.quality, d.variant) == (*cell[::2], coloured)]
-        if along:
-            draw_depth(axes[1, column], along)
-        else:
-            axes[1, column].set_axis_off()
+        below, known = axes[1, column], {}
+        for d in depths:
+            if (d.env_id, d.quality) == cell[::2] and d.method in ("simulator", "model"):
+                known.setdefault(d.variant, []).append(d)
+        shown = next((v for v, _ in tried[cell].most_common() if v in known), None)
+        if shown is None:
+            below.set_axis_off()
+            continue
+        draw_depth(below, known[shown])
+        if shown != coloured:
+            below.set_title("\n".join(textwrap.wrap(shown, 40)))
     legend(figure, ncols=2)
     return png(figure)
 

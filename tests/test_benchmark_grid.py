@@ -540,6 +540,15 @@ def test_the_ceiling_is_drawn_of_rows_with_the_usual_flags():
         figures.draw_ceiling(tables.group(rows[2:]), values)
 
 
+def test_values_by_depth_are_of_a_variant_that_has_them():
+    part = Depth("simulator-obs", "", *key_of(ROW)[2:5:2], 1, 0, 1.0, 2.0, 0.1, None, None, "abc")
+    whole = dataclasses.replace(part, method="simulator", variant="--gamma 0.5")
+    rows = [row("simulator"), row("simulator-obs"), row("simulator", variant="--gamma 0.5")]
+    nothing = figures.draw_ceiling(tables.group(rows), [])
+    assert figures.draw_ceiling(tables.group(rows), [part]) == nothing  # no empty panel
+    assert figures.draw_ceiling(tables.group(rows), [part, whole]) != nothing
+
+
 def test_tables_do_not_depend_on_the_order_of_rows():
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     assert tables.results_tables(shuffled) == tables.results_tables(ROWS)
