@@ -342,7 +342,7 @@ def test_the_placebos_gain_and_logos_beyond_it_add_up():
     assert f"| LOGO over MACQL | maps | 1 | 2 | 1 | {300 / 15:+.1f} |" in told
     assert f"| recorded steps over MACQL | maps | 1 | 2 | 1 | {200 / 15:+.1f} |" in told
     assert f"| LOGO over recorded steps | maps | 1 | 2 | 1 | {100 / 15:+.1f} |" in told
-    assert "windows" not in tables.world_model(tables.group(rows))
+    assert tables.NAMES["windows"] not in tables.world_model(tables.group(rows))
 
 
 def test_the_bootstrap_draws_seeds_within_cells(monkeypatch):
