@@ -13,7 +13,7 @@
 Both store every observation once: the successor of a transition is another row of the same table.
 
 Departures from the paper; docs/deviations.md has the flags that take them back:
-  D20  u is measured in a share or multiple of its median over recorded states.
+  D20  u is divided by --u-scale times its median over recorded states.
 
 Sizes: B batch, N agents, O observation, S state, A action (one-hot if discrete), H horizon,
        R rows of D (transitions plus one final observation per episode), M rollouts per collection.
@@ -152,9 +152,11 @@ class OfflineDataset:
         return result.float()
 
     def value_range(self, gamma: float) -> tuple[float, float]:
-        """The least and the largest of all returns-to-go, discounted and not."""
-        found = torch.cat([self.returns_to_go(x) for x in (1.0, gamma)])
-        return found.min().item(), found.max().item()
+        """The least and the largest return-to-go of training rows, discounted and not; 0, which is
+        left at an episode's end, lies between them.
+        """
+        found = torch.cat([self.returns_to_go(x)[self.train] for x in (1.0, gamma)])
+        return min(found.min().item(), 0.0), max(found.max().item(), 0.0)
 
     def value_scale(self, gamma: float) -> tuple[float, float]:
         """Mean and standard deviation of the training rows' returns-to-go; 1 if all are equal."""
@@ -201,8 +203,8 @@ class SyntheticBuffer:
         device: where the rows are kept.
         discrete: rows have a mask of available actions.
         cap: C of Eq. (7): bound of P_u; exp(-C) is the smallest relative weight of a row.
-        u_scale: unit of u in P_u, in medians of u on recorded states, for each collection anew: u
-            is compared within a collection, not between them; 0 takes u itself, as the paper.
+        u_scale: u is divided by u_scale times its median over the first steps of the same
+            collection, which start in recorded states; 0 takes u itself, as the paper.
         weighted: False samples every row alike (the ablation without Eq. (7)).
     """
 

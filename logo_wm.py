@@ -28,8 +28,8 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
   D4  Imagined observations, states and rewards are clamped to the range of the data.
   D11 Entries that are exactly 0 in a part of the data (units out of sight, or dead) have a
       probability of being 0. A mean would be something that never occurs: a unit half in sight.
-      In a rollout an entry becomes 0 only where that is the likelier outcome, so that fewer units
-      die than in the data.
+      In a rollout an entry becomes 0 where that is the likelier outcome; as a side effect fewer
+      units die than in the data.
   D22 In a rollout agents observe E_d's o', which fits the deduced state; the paper: o_hat.
 Readings, where the paper leaves a choice: Eq. (4) feeds E_p with (o_t, a_t, s_t), as Eq. (2) does,
 though it prints o_{t+1}, which is what is to be predicted; the Gaussians have variance 1, and their
@@ -337,7 +337,7 @@ class LogoWM(nn.Module):
         if self.discrete:
             logits = self.avail_head(self.standardise("obs", next_obs))  # (B,N,A)
             best = logits >= logits.amax(-1, keepdim=True)  # at least one action is available
-            next_avail = ((logits > 0) | best).float()
+            next_avail = ((logits > 0) | best | (not self.heads)).float()
         terminated, running = torch.zeros_like(r), self.restore("reward", r)
         reward = last = running
         if self.heads:

@@ -27,7 +27,7 @@ Departures from the paper; docs/deviations.md has the flags that take them back:
   D6  the Bellman target follows the policy, where Eq. (11) has the maximum.
   D7  the minimum of two critics in the Bellman target.  D19 a slowly following target critic.
   D30 one of them learns from recorded rows alone.
-  D8  imagined rows count in the Bellman error alone, if asked for in the value of Eq. (12), too.
+  D8  imagined rows count in the Bellman error alone and, if asked for, in the value of Eq. (12).
       Eq. (10) prints them where values are pushed down, Eq. (12) in both of its terms; Algorithm 1
       has one sampled batch for everything.
   D4  the value in the Bellman target lies within the data's returns-to-go.
@@ -163,7 +163,8 @@ class Critic(nn.Module):
         super().__init__()
         (n, o), s = obs_mean.shape, len(state_mean)
         self.discrete, self.critics = discrete, critics
-        self.value_mean, self.value_std = value_mean, value_std
+        for name, value in (("value_mean", value_mean), ("value_std", value_std)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
         self.standardise_state = Standardise(state_mean, state_std)
         if discrete:
             self.standardise_obs = Standardise(obs_mean, obs_std)
@@ -276,8 +277,9 @@ def critic_loss(
         noise: of `action_noise`, for the continuous log-sum-exp alone.
         conservative: "logsumexp" or, as Eq. (10) prints, "expectation" under the policy.
         backup: next actions by the "policy", or by the "max" of Eq. (11) (discrete actions).
-        imagined_in: where imagined rows count: "bellman" or "value", only in the Bellman error;
-            "printed", as in Eq. (10), only among the values that are pushed down.
+        imagined_in: where imagined rows count: "bellman" and "value" (which differ in
+            `policy_loss`), in the Bellman error; "printed", as in Eq. (10), only among the values
+            that are pushed down.
         bounds: of the next state's value in the Bellman target.
         recorded_critic: the last of two critics or more has its Bellman error on real rows alone.
     """

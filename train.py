@@ -101,8 +101,8 @@ class Args:
     rollout_interval: int = 500
     """policy updates between two collections [ours]"""
     uncertainty: Literal["weight", "penalty", "shuffled", "none"] = "weight"
-    """use of u: sampling weight of Eq. (7), reward penalty of Eq. (1), the weight by the u of
-    another rollout's same step (a placebo), or none [Sec. 4.3]"""
+    """use of u: sampling weight of Eq. (7), reward penalty of Eq. (1) (give --u-scale), the weight
+    by another rollout's u (a placebo), or none [Sec. 4.3]"""
     cap: float = 10.0
     """C: bound of P_u; exp(-C) is the smallest relative weight [Sec. 4.3 gives no value]"""
     u_scale: float = 0.25
@@ -119,8 +119,8 @@ class Args:
     """D27: imagined rows per step, as a share of B; 0 leaves MACQL, "added" takes more than 1, too;
     paper: 0.5 [Sec. 4.3: half of the rows, which is 0.5 with "instead" and 1 with "added"]"""
     imagined_rows: Literal["added", "added+policy", "instead", "printed"] = "added"
-    """D8, D27: in the Bellman error (and the policies' value), beside B real rows or instead of
-    some; or instead of some, in the terms that print them; paper: printed [Eq. 10, 12]"""
+    """D8, D27: added, instead: to or of real rows, in the Bellman error (+policy: and in Eq. 12's
+    value); printed: instead, where they are printed (paper: this) [Eq. 10, 12]"""
     lr: float = 1e-3
     """Adam's step size of policies, critic and clone [Table 8]"""
     hidden: int = 256
@@ -235,12 +235,12 @@ def make_learner(args: Args, spec: envs.Spec, data: OfflineDataset) -> MACQL:
         bounds = data.value_range(args.gamma)
     imagined_in = {"printed": "printed", "added+policy": "value"}  # Deviation D8
     return MACQL(
-        actor, critic, args.lr, decay_updates(args, args.updates), args.tau,
-        0.0 if args.paper else 0.995,  # ema_decay: Deviation D13
-        args.gamma, args.cql_alpha, args.conservative, args.backup,
-        imagined_in.get(args.imagined_rows, "bellman"), bounds,
-        bc_lambda, setup.waiting(args),  # Deviation D26
-        args.recorded_critic,  # Deviation D30
+        actor, critic, lr=args.lr, decay_updates=decay_updates(args, args.updates),
+        tau=args.tau, ema_decay=0.0 if args.paper else 0.995,  # Deviation D13
+        gamma=args.gamma, cql_alpha=args.cql_alpha, conservative=args.conservative,
+        backup=args.backup, imagined_in=imagined_in.get(args.imagined_rows, "bellman"),
+        bounds=bounds, bc_lambda=bc_lambda, policy_waits=setup.waiting(args),  # Deviation D26
+        recorded_critic=args.recorded_critic,  # Deviation D30
     )  # fmt: skip
 
 
@@ -402,7 +402,13 @@ def parse(argv: list[str] | None = None, kind: type[Args] = Args, **about) -> Ar
         known.env_id = task_of(known.dataset) if known.dataset else Args.env_id
     default = defaults(known.env_id, known.paper, kind)
     about = {"prog": "train.py", "description": __doc__} | about
-    return tyro.cli(kind, args=argv, default=default, **about)
+    args = tyro.cli(kind, args=argv, default=default, **about)
+    if args.uncertainty == "penalty" != default.uncertainty and args.u_scale == default.u_scale:
+        raise ValueError(
+            "--uncertainty penalty: give --u-scale, which is then 1 / lambda of Eq. (1), e.g. 10; "
+            f"{args.u_scale:g} is for weights."
+        )
+    return args
 
 
 def cli(argv: list[str] | None = None, **parts) -> dict:

@@ -32,7 +32,7 @@ from logo_wm import agent_mlp, mlp
 class Args(train.Args):
     """State and reward predicted directly, by the networks that LOGO predicts observations with."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic", "uncertainty", "cap",
+    NO_EFFECT: ClassVar = ("deduce_from", "observe", "uncertainty", "cap",
                            "u_scale")  # fmt: skip
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"

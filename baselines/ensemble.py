@@ -17,15 +17,18 @@ Departures:
 - In u, sigma^2 counts with the probability that its value is not 0 (D11), because no likelihood
   trains it where the value is 0.
 - The optimiser is LOGO's, AdamW with step size 3e-3 and weight decay 0.1, also on the bounds of log
-  sigma^2 (the code: 1e-3, and 2.5e-5 to 1e-4 on the layers' weights alone). The likelihood is half
-  of the code's and divided by D, as is the pull on these bounds.
+  sigma^2 (the code: 1e-3, and 2.5e-5 to 1e-4 on the layers' weights alone). Likelihood and pull on
+  these bounds are half of the code's. As many updates as LOGO's model gets; the code goes on until
+  the held-out error no longer falls.
 - LOGO's D3, D4 and D11 (heads, clamp, zeros) apply, see joint.py: without them no ensemble can show
   a unit that dies or is out of sight. The heads learn from the members' mean, while a rollout shows
   one member's sample. With D4 MACQL also keeps later values within the data's returns: what the
-  penalty costs beyond that reaches the steps in the target alone.
+  penalty costs beyond that reaches the steps in the target alone. D30 does not apply: a critic
+  without imagined rows would not learn the penalty.
 
 Source: https://github.com/yihaosun1124/OfflineRL-Kit at e3ce697: dynamics/ensemble_dynamics.py,
-run_example/run_mopo.py. Its lambda is 0.5 to 5 and its horizon 1 or 5, chosen for each dataset.
+run_example/run_mopo.py. Its lambda is 0.5 to 5 and its horizon 1 or 5, chosen for each dataset;
+here the horizon is LOGO's, 15 on maps and 5 on robots.
 
 Sizes: B batch, N agents, O observation, S state, A action, M members, D = S + N O + 1 values.
 """
@@ -49,13 +52,15 @@ from baselines.joint import JointRows, check
 class Args(train.Args):
     """MOPO: an ensemble of seven networks, whose doubt is subtracted from imagined rewards."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic")
+    NO_EFFECT: ClassVar = ("deduce_from", "observe")
 
     uncertainty: Literal["weight", "penalty", "none"] = "penalty"
     """use of u: reward penalty of MOPO, sampling weight of LOGO's Eq. (7), or none [MOPO]"""
     u_scale: float = 1.0
     """1 / lambda of the penalty; with --uncertainty weight give 0.25 [ours; OfflineRL-Kit: lambda
     0.5 to 5 of a u that is sqrt(D) times as large]"""
+    recorded_critic: bool = False
+    """D30: the last of two critics or more learns from recorded rows alone [ours]"""
     members: int = 7
     """M, networks [OfflineRL-Kit]"""
     wm_hidden: int = 200
@@ -124,7 +129,7 @@ class Ensemble(nn.Module):
         assert nll.shape == (len(out), len(batch.reward))
         bounds = self.net.max_log_var.sum() - self.net.min_log_var.sum()  # pulls them together
         heads = self.rows.heads_loss(out.detach().mean(0), batch)
-        total = nll.mean(1).sum() + 0.01 * bounds / self.rows.num_values + heads
+        total = nll.mean(1).sum() + 0.005 * bounds + heads
         return total, {"nll": nll.mean().detach(), "heads": heads.detach()}
 
     @torch.no_grad()

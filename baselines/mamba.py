@@ -19,7 +19,8 @@ all world models here (joint.py; D3, D4, D11 apply), which do not shape the late
 errors replace smooth-L1, and ReLU ELU; there is no dropout, no clipping of gradients and no
 auxiliary prediction of actions. For an expected value, z is its probabilities. Windows and sizes
 are smaller than published (see the flags; embedding and reward have one hidden layer), so that an
-update takes no more than 1.5 times LOGO's on one core. Step sizes are LOGO's; MAMBA's is 2e-4.
+update takes no more than 1.5 times LOGO's on one core. Step size and weight decay are LOGO's;
+MAMBA has 2e-4 and none.
 
 Source: https://github.com/jbr-ai-labs/mamba at 2c97258: agent/models/DreamerModel.py,
 agent/optim/{loss,utils}.py, networks/dreamer/{rnns,vae}.py, networks/transformer/layers.py.
@@ -47,7 +48,7 @@ from logo_wm import LogoWM, mlp
 class Args(train.Args):
     """MAMBA: a recurrent world model with discrete latents and attention between the agents."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic", "uncertainty",
+    NO_EFFECT: ClassVar = ("deduce_from", "observe", "uncertainty",
                            "cap", "u_scale")  # fmt: skip
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"

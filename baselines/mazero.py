@@ -28,7 +28,7 @@ beyond its end. Observations are standardised before they are normalised. There 
 orthogonal initialisation and no clipping of gradients. MAZero's code halves the gradients of
 consistency and heads as well, ours only what comes from the next step. Sizes are the published
 ones; a batch has fewer windows, so that an update takes no more than twice LOGO's time on one core.
-Step sizes are LOGO's; MAZero's is 5e-4.
+Step size and weight decay are LOGO's; MAZero has 5e-4 and none.
 
 Also ours: a rollout longer than K represents what it decoded after K steps and goes on from there:
 the latent state is advanced no further than in training, beyond which it soon leaves what the
@@ -62,7 +62,7 @@ from logo_wm import LogoWM, mlp
 class Args(train.Args):
     """MAZero's world model: latent states that agents advance together, five steps at a time."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic", "uncertainty",
+    NO_EFFECT: ClassVar = ("deduce_from", "observe", "uncertainty",
                            "cap", "u_scale")  # fmt: skip
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"

@@ -18,11 +18,14 @@ that is probably 0 counts little (D11), and without r, which the paper's f does 
 HALT is the end of the episode, and its reward is received once; in the paper HALT is a state that
 is never left, with reward -kappa at every step. The code keeps the reward of the unknown step and
 adds --truncate-reward, which is 0 in its configurations, and never cuts a path to less than four
-steps. LOGO's D3, D4 and D11 (heads, clamp, zeros) apply, see joint.py; with D4 MACQL also keeps
-later values within the data's returns: what HALT costs beyond that reaches the steps in the target
-alone. Where s and o have hundreds of numbers, disc differs little from row to row, and with a
-coefficient of 3 many recorded rows are unknown, too; with 1, none of those that it was measured on,
-which the networks were trained on: of held-out steps of 6h_vs_8z medium-replay 4.5 % are.
+steps. LOGO's D3, D4 and D11 (heads, clamp, zeros) apply, see joint.py; the heads learn from the
+members' mean, while a rollout shows one member's prediction. With D4 MACQL also keeps later values
+within the data's returns: what HALT costs beyond that reaches the steps in the target alone. D30
+does not apply: a critic without imagined rows would not learn what HALT costs. The model gets as
+many updates as LOGO's; the code trains for 25 to 100 epochs. Where s and o have hundreds of
+numbers, disc differs little from row to row, and with a coefficient of 3 many recorded rows are
+unknown, too; with 1, none of those that it was measured on, which the networks were trained on: of
+held-out steps of 6h_vs_8z medium-replay 4.5 % are.
 
 Source: https://github.com/aravindr93/mjrl at 15bf3c0 (branch v2): projects/morel/run_morel.py,
 mjrl/algos/mbrl/model_based_npg.py, nn_dynamics.py. Its coefficient is 3 for D4RL's hopper-medium
@@ -50,11 +53,13 @@ MEASURED, CHUNK = 20_000, 2_000  # rows of the data that the threshold is from, 
 class Args(train.Args):
     """MOReL: four networks; where they disagree, an imagined episode ends with a penalty."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "critic")
+    NO_EFFECT: ClassVar = ("deduce_from", "observe")
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"
     """further use of u = disc: sampling weight of LOGO's Eq. (7), reward penalty of its Eq. (1), or
     none [MOReL]"""
+    recorded_critic: bool = False
+    """D30: the last of two critics or more learns from recorded rows alone [ours]"""
     members: int = 4
     """M, networks [mjrl]"""
     wm_hidden: int = 512

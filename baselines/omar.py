@@ -19,7 +19,8 @@ average is evaluated; the target's value is kept in the range of the data's retu
 not clipped; the continuous log-sum-exp weighs a draw with the density of the mixture that it is
 from (the public code subtracts a density where its logarithm belongs); imagined rows count in the
 Bellman error alone. Besides, |pi - a*|^2 is a sum over A, as in the paper; the code takes the mean,
-so that its c pulls A times as hard here on maps, and adds 1e-3 pi^2. The code for discrete actions
+so that its c pulls A times as hard here, and adds 1e-3 pi^2; values are not in units of the data's
+returns (D21), which on robots MACQL has here. The code for discrete actions
 is of CFCQL's authors: its critics also see the state and share weights, targets are of TD(0.6), the
 log-sum-exp and a* know no unavailable actions, and the actor follows the advantage of the data's
 actions, not Q_i(o^i, pi_i).

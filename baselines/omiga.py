@@ -20,8 +20,9 @@ so policy_loss is the squared distance weighted by exp(z_i); the code's Gaussian
 and learns its variance. Both act by the mean. As with all methods here, the policy starts from the
 clone (--warm-start), targets hold --n-step rewards, step sizes fall, a moving average of the actor
 is evaluated, a time limit ends no value and none is bounded by the data's returns (D4), the code's
-10^6 updates (robots) are --updates, so that its targets have to follow faster. Imagined rows, if
-there are any, are used like recorded ones.
+10^6 updates (robots) are --updates, so that its targets have to follow faster. Values are not in
+units of the data's returns (D21), which on robots MACQL has here. Imagined rows, if there are any,
+are used like recorded ones.
 
 Source: https://github.com/ZhengYinan-AIR/OMIGA at 39851c0; for StarCraft its branch SMAC.
 Sizes: B batch, N agents, O observation, S state, A action.
@@ -59,7 +60,7 @@ class Args(train.Args):
     lr: float = 5e-4
     """Adam's step size for every network [the code]"""
     tau: float = 0.05
-    """share by which the target networks follow per update [ours; the code: 0.005, for 200 times as
+    """share by which the target networks follow per update [ours; the code: 0.005, for 100 times as
     many updates on robots, and some 5 times on StarCraft]"""
     alpha: float = 10.0
     """alpha: how close to the data to stay; a large one leaves cloning [the code]"""

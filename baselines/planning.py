@@ -11,7 +11,7 @@ MACQL; each policy is drawn towards the action that its own critic prefers H ste
 Readings, because the paper says no more than "the optimal action selected through model rollout
 from three candidate actions proposed by the policy network": candidates are joint actions, with the
 random actions of a rollout (D16) in all but the greedy one; imitation has weight 1, as the paper
-prints it, which is ten times lambda's on maps (D17); a
+prints it, which is ten times cloning's on maps (D17) and three times on HalfCheetah (D21); a
 rollout that has not ended is worth the critic's value of its last state [as TD-MPC]; a_max is
 sought for --rollout-batch-size recorded states every --rollout-interval updates, because a search
 at every update took most of a run's time; discrete actions are imitated as Eq. (12) clones them;
@@ -41,7 +41,8 @@ from macql import MACQL, Actor, Critic, action_distance
 class Args(train.Args):
     """MACQL, with policies drawn towards the best of several actions by LOGO's model."""
 
-    NO_EFFECT: ClassVar = ("critic", "imagined_rows", "horizon", "uncertainty", "cap", "u_scale")
+    NO_EFFECT: ClassVar = ("synthetic_fraction", "imagined_rows", "recorded_critic", "horizon",
+                           "uncertainty", "cap", "u_scale")  # fmt: skip
 
     candidates: int = 3
     """C, joint actions that are compared [Sec. 5.2]"""

@@ -24,7 +24,7 @@ import behaviour
 import train
 from behaviour import Quality
 from benchmark.grid import WORLD_MODELS
-from benchmark.rows import ERRORS, POINTS, Error, Point, key_of, machine, read, record, versions
+from benchmark.rows import ERRORS, POINTS, Error, Point, key_of, read, record, versions
 from benchmark.states import points
 from buffer import OfflineDataset
 from datasets import load_dataset
@@ -36,6 +36,7 @@ from experiment.diagnostics import (
     squared_error,
     uncertainty_and_error,
 )
+from experiment.report import machine
 from macql import descend, linear_decay
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import envs
 import train
 from behaviour import Quality
-from benchmark.launchers import End, Run, locally, on_ray, processor
+from benchmark.launchers import End, Run, locally, on_ray
 from benchmark.oracle import PARTS
 from benchmark.rows import CEILING, DEPTH, RUNS, Result, depths, key_of, read, record, result
 from datasets import check_writable
@@ -101,11 +101,10 @@ def plan(
     return runs
 
 
-def keep(run: Run, where: str, results: Path, known: bool = False) -> str | None:
+def keep(run: Run, results: Path, known: bool = False) -> str | None:
     """Record the row of a finished run; returns what is wrong with it, if anything is.
 
     Args:
-        where: processors on which it was trained.
         known: it was finished before this grid, so the row may be there and is not written again.
     """
     file = run.folder / "final.json"
@@ -117,9 +116,7 @@ def keep(run: Run, where: str, results: Path, known: bool = False) -> str | None
             told = ", ".join(f"--{k.replace('_', '-')} {theirs.get(k)}" for k in differ)
             return f"{file} is of a run with {told}: give the same --flags, or another --out"
         command = shlex.join(["python", *run.program, *run.flags])
-        device, _, gpu = final["device"].partition(" ")
-        where += f", {gpu}" if device == "cuda" else ""
-        row = result(final, run.method, run.variant, run.quality, where, command)
+        row = result(final, run.method, run.variant, run.quality, command)
         values = None
         if run.method in ORACLES and run.method != "windows":
             file = run.folder / "depth.json"  # which is written last
@@ -183,9 +180,9 @@ def grid(
     missing, failures = [run for run in runs if run not in known], []
     ends = on_ray(missing) if launcher == "ray" and missing else locally(missing, jobs)
     with contextlib.closing(ends):  # after an error, too, the runs save and end
-        finished = (End(run, None, processor()) for run in known)
-        for run, failure, where in tqdm(chain(finished, ends), total=len(runs), unit="run"):
-            if failure := failure or keep(run, where, results, run in known):
+        finished = (End(run, None) for run in known)
+        for run, failure in tqdm(chain(finished, ends), total=len(runs), unit="run"):
+            if failure := failure or keep(run, results, run in known):
                 failures.append(failure)
                 tqdm.write(failure)
     print(f"{len(runs) - len(failures)} of {len(runs)} runs are in {results}, "

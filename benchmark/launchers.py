@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import os
 import platform
-import re
 import signal
 import socket
 import subprocess
@@ -42,15 +41,6 @@ class End(NamedTuple):
 
     run: Run
     failure: str | None  # what went wrong
-    processor: str  # where it was trained
-
-
-def processor() -> str:
-    """Model and number of this machine's processors."""
-    model, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
-        model = found.group(1)
-    return f"{model}, {os.cpu_count()} cores"
 
 
 def log_of(folder: Path) -> Path:
@@ -80,9 +70,9 @@ def reason(folder: Path, status: int) -> str | None:
     return (log_of(folder).read_text().splitlines()[-1:] or [f"exit status {status}"])[0]
 
 
-def end(run: Run, why: str | None, where: str) -> End:
+def end(run: Run, why: str | None) -> End:
     """Every launcher reports a failed run in the same words."""
-    return End(run, why and f"{run.folder.name}: {why} (see {log_of(run.folder)})", where)
+    return End(run, why and f"{run.folder.name}: {why} (see {log_of(run.folder)})")
 
 
 # ------------------------------------------------------------------------------------ this machine
@@ -90,19 +80,18 @@ def end(run: Run, why: str | None, where: str) -> End:
 
 def locally(runs: list[Run], jobs: int) -> Iterator[End]:
     """Train the runs on this machine, `jobs` at the same time, each in a process."""
-    where, running = processor(), []  # processes, to pass an interrupt on to them
-
+    running = []  # processes, to pass an interrupt on to them
     gate, closed = threading.Lock(), []
 
     def train(run: Run) -> End:
         with gate:  # so that whoever ends the processes knows them all
             if closed:
-                return end(run, "not started", where)
+                return end(run, "not started")
             process = start(run.folder, run.program, run.flags)
             running.append(process)
         status = process.wait()
         running.remove(process)
-        return end(run, reason(run.folder, status), where)
+        return end(run, reason(run.folder, status))
 
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -155,17 +144,17 @@ def on_ray(runs: list[Run]) -> Iterator[End]:
                 _, run, attempt = waiting.pop(future)
                 error = future.exception()
                 if not error:
-                    why, where = future.result()
+                    why = future.result()
                     if why is None:
                         appear(run.folder / "final.json")
-                    yield end(run, why, where)
+                    yield end(run, why)
                 elif isinstance(error, ray.exceptions.RayTaskError):  # e.g. a full disk
-                    yield end(run, str(error).strip().splitlines()[-1], "")
+                    yield end(run, str(error).strip().splitlines()[-1])
                 elif attempt == 1:
                     submit(run, 2)
                 else:
                     kind = type(error).__name__
-                    yield end(run, f"its worker died twice, the second time of {kind}", "")
+                    yield end(run, f"its worker died twice, the second time of {kind}")
     finally:
         for task, *_ in waiting.values():
             ray.cancel(task)
@@ -217,15 +206,11 @@ def connect() -> tuple:
 
 def train_on_worker(
     current: Path, folder: Path, program: list[str], flags: list[str]
-) -> tuple[str | None, str]:
-    """Train a run to its end, on a worker of Ray.
-
-    Returns:
-        What it said last if it failed, and this node's processors.
-    """
+) -> str | None:
+    """Train a run to its end, on a worker of Ray; returns what it said last if it failed."""
     if missing := [str(x) for x in (ROOT, current, folder.parent) if not x.is_dir()]:
         shared = "must be on a file system that all nodes share"
-        return f"{platform.node()} has no folder {missing[0]}, which {shared}", processor()
+        return f"{platform.node()} has no folder {missing[0]}, which {shared}"
     process = start(folder, program, flags, cwd=current, preexec_fn=die_with_parent)
     try:
         while process.poll() is None:  # Ray cancels a task between two lines of Python only
@@ -234,7 +219,7 @@ def train_on_worker(
         if process.poll() is None:
             process.terminate()
             process.wait()
-    return reason(folder, process.returncode), processor()
+    return reason(folder, process.returncode)
 
 
 def die_with_parent() -> None:

@@ -17,7 +17,7 @@ from typing import TypeVar, get_args
 import numpy as np
 import torch
 
-from benchmark.launchers import ROOT, processor
+from benchmark.launchers import ROOT
 from datasets import make_folder, write_atomic
 
 RUNS = ROOT / "results" / "runs.csv"
@@ -166,7 +166,7 @@ def depths(values: dict[str, list], row: Result) -> list[Depth]:
     ]
 
 
-def result(final: dict, method: str, variant: str, quality: str, machine: str, command: str):
+def result(final: dict, method: str, variant: str, quality: str, command: str) -> Result:
     """The row of a run.
 
     Args:
@@ -193,7 +193,7 @@ def result(final: dict, method: str, variant: str, quality: str, machine: str, c
         updates=final["updates"],
         total_s=final["time"]["total_s"],
         commit=final["commit"],
-        machine=machine,
+        machine=final["machine"],
         versions=", ".join(f"{k} {v}" for k, v in sorted(final["versions"].items()) if v),
         command=command,
     )
@@ -285,12 +285,6 @@ def read(path: Path, kind: type[T]) -> list[T]:
                 f"{path}, line {number}: not a row of this file ({e}). Delete it."
             ) from e
     return rows
-
-
-def machine(device: str) -> str:
-    """Model and number of the processors, and the GPU's name where `device` is "cuda"."""
-    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
-    return f"{processor()}{gpu}"
 
 
 def versions() -> str:

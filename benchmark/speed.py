@@ -22,10 +22,11 @@ from tqdm import tqdm
 import envs
 import train
 from benchmark.ensemble import Ensemble, load_kit
-from benchmark.rows import SPEED, machine, read, versions, write
+from benchmark.rows import SPEED, read, versions, write
 from benchmark.speed_tables import LIMITS, TRAINING, speed_tables
 from benchmark.timing import Clock, Entry, Row, parameters
 from buffer import Batch, OfflineDataset, SyntheticBuffer, mix
+from experiment.report import machine
 from experiment.setup import check_args, commit
 from logo_wm import LogoWM
 from macql import descend

@@ -5,6 +5,7 @@ docs/metrics.md explains every field of final.json.
 
 import json
 import math
+import os
 import platform
 import re
 import time
@@ -102,10 +103,20 @@ def about(run) -> dict:
         "commit": run.commit,
         "versions": versions | {"python": platform.python_version()},
         "device": device,
+        "machine": machine(run.device.type),
         "backend": run.spec.backend,
         "env_id": run.args.env_id,
         "dataset": run.metadata,
     }
+
+
+def machine(device: str) -> str:
+    """Model and number of the processors, and the GPU's name where `device` is "cuda"."""
+    model, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
+        model = found.group(1)
+    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
+    return f"{model}, {os.cpu_count()} cores{gpu}"
 
 
 def pooled(evaluations: list[dict]) -> dict | None:

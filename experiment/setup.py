@@ -78,7 +78,7 @@ def check_args(args) -> None:
             "a smaller share, or --imagined-rows added."
         )
     if args.uncertainty == "penalty" and args.u_scale == 0:
-        raise ValueError("--uncertainty penalty: give --u-scale, 1 / lambda of Eq. (1), e.g. 0.2.")
+        raise ValueError("--uncertainty penalty: give --u-scale, 1 / lambda of Eq. (1), e.g. 10.")
     if args.critic == "none" and args.synthetic_fraction > 0:
         raise ValueError("--critic none clones real data: it needs --synthetic-fraction 0.")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -132,6 +132,8 @@ def check_memory(args, spec: envs.Spec, device: torch.device) -> None:
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     if need > have:
         told = ", ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in SIZES)
+        if imagines and args.updates is not None:  # D_m holds all collections
+            told += f", --updates {args.updates}, or raise --rollout-interval"
         raise ValueError(
             f"{need:,.1f} GiB of memory are needed at least, and {have:,.1f} are here. Lower one "
             f"of {told}."

@@ -89,6 +89,7 @@ class Run:
             if self.args.resume:
                 print(f"--resume: {self.folder} has no checkpoint yet: the run starts afresh")
             self._spare_another_run()
+        self._wandb = self._start_tracking() if self.args.track else None  # it may fail
         for pattern in FILES if not resume else ():
             for old in self.folder.glob(pattern):
                 print(f"replacing {old}")
@@ -192,12 +193,12 @@ class Run:
         self._aside += took
 
     def check_rollout(self, rollout: dict[str, torch.Tensor], update: int) -> None:
-        """Refuse imagined steps whose uncertainty is not finite; reads from the GPU once.
+        """Refuse steps of rollouts whose uncertainty is not finite; reads from the GPU once.
 
         Raises:
             FloatingPointError: the world model's rollouts diverge.
         """
-        if not rollout["uncertainty"].isfinite().all():
+        if not rollout["uncertainty"][rollout["valid"] > 0].isfinite().all():
             raise FloatingPointError(
                 f"Phase 2, policy update {update}: the uncertainty of imagined steps is not "
                 "finite: rollouts diverge (--clamp keeps them in the range of the data)."
@@ -222,11 +223,19 @@ class Run:
         latest, _ = self._history[-1]
         return dict(zip(latest, values[-len(latest) :].tolist(), strict=True))
 
+    def _start_tracking(self):
+        import wandb
+
+        try:
+            return wandb.init(project="logo", name=self.folder.name, config=plain(self.asked))
+        except wandb.Error as e:
+            raise ValueError(f"--track: Weights & Biases did not start: {e}") from e
+
     def _open_logs(self) -> None:
         """metrics.csv without the rows that are newer than the checkpoint, and TensorBoard."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._csv, self._wandb = self.folder / "metrics.csv", None
+        self._csv = self.folder / "metrics.csv"
         if any(self.progress.values()) and not self._csv.exists():
             print(f"{self._csv} is missing: the metrics so far are lost, the run goes on")
         done = self.progress | {"eval": self.progress["policy"]}
@@ -234,14 +243,6 @@ class Run:
         self._tensorboard = SummaryWriter(self.folder)
         report = threading.excepthook  # of TensorBoard's thread: its OSErrors come again in ours
         threading.excepthook = lambda x: None if x.exc_type is OSError else report(x)
-        if self.args.track:
-            import wandb
-
-            flags = plain(self.asked)
-            try:
-                self._wandb = wandb.init(project="logo", name=self.folder.name, config=flags)
-            except wandb.Error as e:
-                raise ValueError(f"--track: Weights & Biases did not start: {e}") from e
 
     def _write(self, phase: str, update: int, metrics: dict[str, float]) -> None:
         with self._csv.open("a") as f:

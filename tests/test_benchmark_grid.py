@@ -46,7 +46,8 @@ def final_of(args, mean: float) -> dict:
         "args": plain(args), "updates": 20, "env_id": args.env_id, "backend": "smax",
         "seed": args.seed,
         "eval": score, "clone": score, "dataset": {"return_mean": 3.0}, "world_model": None,
-        "time": {"total_s": 1.0}, "commit": "abc", "device": "cpu", "versions": {"torch": "2"},
+        "time": {"total_s": 1.0}, "commit": "abc", "machine": "a machine",
+        "versions": {"torch": "2"},
     }  # fmt: skip
 
 
@@ -231,7 +232,7 @@ def test_a_new_row_replaces_the_same_experiment(tmp_path):
 def test_a_row_holds_what_final_json_says():
     args = train.parse(["--env-id", "3s_vs_5z", "--seed", "4"])
     final = final_of(args, 5.0) | {"eval": None, "clone": None, "backend": "offline"}
-    made = result(final, "logo", "", "medium", "here", "python train.py")
+    made = result(final, "logo", "", "medium", "python train.py")
     assert made.return_mean is None and made.episodes == 0 and made.state_mse is None
     assert (made.seed, made.data_return, made.updates, made.versions) == (4, 3.0, 20, "torch 2")
 

@@ -387,7 +387,7 @@ def test_eq_5_and_a_step_equal_a_loop(deduce_from, zeros, observe, heads):
         for name, value in expected.items():
             assert array(out[name][b]) == pytest.approx(value, **CLOSE), name
         for i, logits in enumerate(now.avail_logits):
-            allowed = [float(x > 0 or x == max(logits)) for x in logits]
+            allowed = [float(x > 0 or x == max(logits) or not heads) for x in logits]
             assert out["next_avail"][b, i].tolist() == allowed
 
 

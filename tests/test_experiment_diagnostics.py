@@ -383,6 +383,15 @@ def test_the_scale_of_values_is_that_of_the_training_rows(data):
     assert constant.value_scale(GAMMA) == (0.0, 1.0)
 
 
+def test_the_range_of_values_is_that_of_the_training_rows(data):
+    known = torch.cat([data.returns_to_go(x)[data.train] for x in (1.0, GAMMA)])
+    expected = min(known.min().item(), 0.0), max(known.max().item(), 0.0)
+    other = copy.copy(data)
+    other.reward = data.reward.clone()
+    other.reward[data.held_out] = 1e6
+    assert data.value_range(GAMMA) == other.value_range(GAMMA) == expected
+
+
 @pytest.mark.parametrize("discrete", [True, False])
 @pytest.mark.parametrize("critic", ["cql", "scaled"])
 def test_a_scaled_critic_has_the_scale_of_the_data(data, critic, discrete):
@@ -393,6 +402,7 @@ def test_a_scaled_critic_has_the_scale_of_the_data(data, critic, discrete):
     scaled = critic == "scaled"
     expected = data.value_scale(GAMMA) if scaled else (0.0, 1.0)
     assert (learner.critic.value_mean, learner.critic.value_std) == expected
+    assert {"value_mean", "value_std"} <= learner.critic.state_dict().keys()
     known = data.actions[data.train].double().numpy()
     variance = known.var(0).mean() if scaled and not discrete else 1.0
     assert learner.policy_loss.keywords["bc_lambda"] == pytest.approx(args.bc_lambda / variance)

@@ -128,7 +128,8 @@ def test_final_json_has_every_promised_field(end, data, tmp_path, capsys):
     final = end(logo_model(data))
     assert written(tmp_path) == final
     assert set(final) == {
-        "args", "method", "commit", "versions", "device", "backend", "env_id", "dataset",
+        "args", "method", "commit", "versions", "device", "machine", "backend", "env_id",
+        "dataset",
         "world_model", "rollout", "eval", "clone", "offline", "evaluations", "time", "seed",
         "updates",
     }  # fmt: skip

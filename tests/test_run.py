@@ -277,7 +277,7 @@ def test_a_clone_does_not_wait_for_a_critic():
 FLAGS = [
     "--deduce-from obs", "--deduce-from obs+state", "--no-heads", "--no-clamp", "--no-zeros",
     "--observe predicted", "--imagined-rows printed", "--n-step 1",
-    "--uncertainty penalty", "--uncertainty shuffled", "--uncertainty none",
+    "--uncertainty penalty --u-scale 10", "--uncertainty shuffled", "--uncertainty none",
     "--no-shared-actor", "--critic-first 0",
     "--critics 1", "--no-recorded-critic", "--conservative expectation", "--backup max",
     "--wm-weight-decay 1.0",
@@ -417,6 +417,7 @@ BAD = {
     "--synthetic-fraction 0.99 --imagined-rows printed": "leaves no real row",
     "--lr -0.1": "--lr is -0.1",
     "--gamma inf": "--gamma is inf",
+    "--uncertainty penalty --u-scale 0.25": "give --u-scale",
     "--uncertainty penalty --u-scale 0": "give --u-scale",
     "--critic-first 1.5": "--critic-first is 1.5",
     "--n-step 0": "--n-step is 0",
@@ -442,7 +443,7 @@ def test_choices_are_told_by_the_command_line(go, capsys):
     assert error.value.code == 2 and "medium-replay" in capsys.readouterr().err
 
 
-def test_track_sends_metrics_with_their_update_and_ends(go, toy, monkeypatch):
+def test_track_sends_metrics_with_their_update_and_ends(go, toy, monkeypatch, tmp_path):
     sent, ended = [], []
     wandb = ModuleType("wandb")
     wandb.__spec__, wandb.Error = ModuleSpec("wandb", None), type("Error", (Exception,), {})
@@ -458,6 +459,9 @@ def test_track_sends_metrics_with_their_update_and_ends(go, toy, monkeypatch):
     wandb.init = refuse
     with pytest.raises(SystemExit, match="--track: .*No API key"):
         go(*toy, "--track", out="other")
+    with pytest.raises(SystemExit, match="--track: .*No API key"):
+        go(*toy, "--track")
+    assert (tmp_path / "run" / "final.json").exists()  # of the first run: nothing was replaced
 
 
 def test_a_gpu_that_is_not_there_is_refused(go, monkeypatch):
