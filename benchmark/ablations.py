@@ -39,11 +39,15 @@ DEPARTURES = {  # what takes one back, as a variant is spelled: its id in docs/d
     "--n-step 1": "D28", "--no-recorded-critic": "D30", "--paper": "all",
 }  # fmt: skip
 NO_D30 = "--no-recorded-critic"
-# What a departure that does not stand alone is compared with: D27 adds rows to those of D8, D30
-# needs D7; all others were taken back before D30
-WITHOUT = {"D8": ("--imagined-rows instead", "--paper"),
-           "D27": (NO_D30, "--paper --imagined-rows instead"),
-           "D30": ("", "--paper --critics 2")}  # fmt: skip
+# What a departure that does not stand alone is compared with: where the defaults are the present
+# ones, where they are those before D30, and at the letter. The flags of D7 and D8 take D30 back,
+# too, and D8's takes D27 back.
+WITHOUT = {"D7": (NO_D30, BEFORE_D30, "--paper"),
+           "D8": (f"--imagined-rows instead {NO_D30}", f"{BEFORE_D30} --imagined-rows instead",
+                  "--paper"),
+           "D27": ("", BEFORE_D30, "--paper --imagined-rows instead"),
+           "D30": ("", "", "--paper --critics 2"),
+           "all": (BEFORE_D30, "", "")}  # fmt: skip
 
 
 def returns(runs: dict | None) -> str:
@@ -114,7 +118,7 @@ def sizes(groups: dict) -> str:
     """
     lines: dict[tuple, dict[int, dict[str, dict]]] = {}
     for (cell, variant, method), runs in groups.items():
-        if method in ("macql", "logo"):
+        if method in ("macql", "logo") and cell.backend != "offline":
             episodes, rest = default_episodes(cell.env_id), variant
             if found := re.search(r"--episodes (\d+) ?", variant):
                 episodes, rest = int(found[1]), variant.replace(found[0], "").strip()
@@ -145,30 +149,29 @@ def added_alone(spelled: str) -> str:
     return " ".join(["--paper", *(f"--{name}{x}" for (_, name), x in zip(back, told, strict=True))])
 
 
-def departure(variant: str) -> str | None:
-    """The flags of `DEPARTURES` for a variant of maps, where it is of the ladder: "" or D30 taken
-    back alone, another one taken back before D30, or the paper's letter and more."""
-    if variant.startswith(BEFORE_D30):
-        return variant.removeprefix(BEFORE_D30).strip() or NO_D30
-    return variant if variant == "" or variant.startswith("--paper") else None
+def bases() -> dict[str, str]:
+    """By every variant in which one departure is taken back, or added to the letter: the variant
+    that it is compared with."""
+    found = {BEFORE_D30: ""}  # D30 taken back
+    for spelled, name in DEPARTURES.items():
+        now, before, letter = WITHOUT.get(name, ("", BEFORE_D30, "--paper"))
+        found |= {f"{BEFORE_D30} {spelled}": before, added_alone(spelled): letter, spelled: now}
+    return found
 
 
 def changes(groups: dict) -> dict[tuple, str]:
-    """What LOGO's return changes by through one departure, seed by seed: by cell and flags, those
-    that take it back or add it to the letter, where there are runs to compare them with.
+    """What LOGO's return changes by through one departure, seed by seed: by cell and variant, where
+    there are runs to compare it with.
 
     Args:
         groups: of `tables.group`.
     """
-    logo = {(cell, departure(variant)): runs for (cell, variant, method), runs in groups.items()
-            if method == "logo" and departure(variant) is not None}  # fmt: skip
-    base_of = {}
-    for variant, name in DEPARTURES.items():
-        base_of[variant], base_of[added_alone(variant)] = WITHOUT.get(name, (NO_D30, "--paper"))
-    found = {}
-    for (cell, variant), runs in logo.items():
-        usual = logo.get((cell, base_of.get(variant)), {})
-        both = sorted(runs.keys() & usual)
+    found, base_of = {}, bases()
+    for (cell, variant, method), runs in groups.items():
+        if method != "logo" or variant not in base_of:
+            continue
+        usual = groups.get((cell, base_of[variant], "logo"), {})
+        both = sorted(runs.keys() & usual.keys())
         if more := [runs[seed].return_mean - usual[seed].return_mean for seed in both]:
             each = f" ({', '.join(f'{x:+.2f}' for x in more)})" if len(more) > 1 else ""
             found[cell, variant] = f"{sum(more) / len(more):+.2f}{each}"
@@ -176,22 +179,40 @@ def changes(groups: dict) -> dict[tuple, str]:
 
 
 def departures(groups: dict) -> str:
-    """One line per departure from the paper: what LOGO's return changes by, cell by cell, where it
-    alone is taken back, and where it alone is added to the paper's letter (D27 with D8).
+    """Lines of every departure from the paper: what LOGO's return changes by, cell by cell, where
+    it alone is taken back from the present defaults or from those before D30, and where it alone is
+    added to the paper's letter (D27 with D8).
 
     Args:
         groups: of `tables.group`.
     """
     found = changes(groups)
     cells = [*dict.fromkeys(cell for cell, _ in found)]
-    bases = [groups.get((cell, base, "logo")) for cell in cells for base in (BEFORE_D30, "--paper")]
-    lines = [["none, before D30", "", *map(returns, bases)]]
-    for variant, name in DEPARTURES.items():
-        line = [name, code(variant)]
-        for cell in cells:
-            alone = found.get((cell, added_alone(variant)), "not run") if name != "all" else ""
-            line += [found.get((cell, variant), "not run"), alone]
-        lines.append(line)
+
+    def line(id: str, flags: str, defaults: str, taken_back: list[str], added: list[str]) -> list:
+        both = zip(taken_back, added, strict=True)
+        return [id, flags, defaults, *(x for pair in both for x in pair)]
+
+    def of(variant: str) -> list[str]:
+        return [returns(groups.get((cell, variant, "logo"))) for cell in cells]
+
+    nothing, no_run = [""] * len(cells), ["not run"] * len(cells)
+    lines = [line("none", "", "present", of(""), of("--paper"))]
+    lines.append(line("none", "", "before D30", of(BEFORE_D30), nothing))
+    for spelled, name in DEPARTURES.items():
+        ways = {"present": spelled, "before D30": f"{BEFORE_D30} {spelled}"}
+        if name in ("D30", "all"):
+            ways = {"D30": {"present": BEFORE_D30}, "all": {"before D30": spelled}}[name]
+        letter = [found.get((cell, added_alone(spelled)), "not run") for cell in cells]
+        added = nothing if name == "all" else letter
+        first = len(lines)
+        for defaults, variant in ways.items():
+            values = [found.get((cell, variant), "not run") for cell in cells]
+            if values != no_run:
+                lines.append(line(name, code(spelled), defaults, values, added))
+                added = nothing
+        if len(lines) == first:
+            lines.append(line(name, code(spelled), "", no_run, added))
     kinds = "taken back", "added to the letter"
     columns = [f"{' '.join(cell)}: {kind}" for cell in cells for kind in kinds]
-    return table(["id", "taken back by", *columns], lines)
+    return table(["id", "taken back by", "defaults", *columns], lines)

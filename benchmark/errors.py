@@ -23,7 +23,7 @@ from tqdm import tqdm
 import behaviour
 import train
 from behaviour import Quality
-from benchmark.grid import WORLD_MODELS
+from benchmark.grid import WORLD_MODELS, source_of
 from benchmark.rows import ERRORS, POINTS, Error, Point, key_of, read, record, versions
 from benchmark.states import points
 from buffer import OfflineDataset
@@ -77,8 +77,8 @@ def errors(
         args = train.parse(given)
         setup.check_args(args)
         device, path = setup.choose_device(args), setup.find_dataset(args)
-        data, metadata = load_dataset(path, device, args.env_id)
-        tests = {metadata.get("quality", path.stem): data}
+        data, _ = load_dataset(path, device, args.env_id)
+        tests = {source_of(dataset, quality): data}
         if dataset is None:
             file = behaviour.load_or_record(args.env_id, other, args.episodes)
             tests[other] = load_dataset(file, device, args.env_id)[0]

@@ -88,9 +88,7 @@ def plan(
         if args.dataset is None and not envs.is_robot(env_id) and env_id not in envs.known_ids():
             raise ValueError(f"--env-ids: {env_id!r} is none of {', '.join(envs.known_ids())}.")
         check_args(dataclasses.replace(args, out=out))
-        source = args.dataset.stem if args.dataset else quality
-        if args.dataset and source in get_args(Quality):  # its rows are none of our recording's
-            source = f"{source}-{content_hash(args.dataset)[:6]}"
+        source = source_of(args.dataset, quality)
         own = "".join(f"-{Path(x).name.strip('-')}" for x in shlex.split(also))  # e.g. -horizon-5
         folder = out / f"{env_id}-{source}-{method}{own}-seed{seed}"
         usual = train.parse([*given, *(["--paper"] if args.paper else [])], kind)
@@ -99,6 +97,20 @@ def plan(
     if len({run.folder for run in runs}) < len(runs):
         raise ValueError("--flags: --dataset is one file: give one of --qualities.")
     return runs
+
+
+def source_of(dataset: Path | None, quality: str) -> str:
+    """What the column `quality` says: that of our recording, or the name of a --dataset."""
+    source = dataset.stem if dataset else quality
+    if dataset and source in get_args(Quality):  # its rows are none of our recording's
+        source = f"{source}-{content_hash(dataset)[:6]}"
+    return source
+
+
+def files_of(run: Run) -> list[Path]:
+    """What a finished run has written, in this order: final.json, and an oracle's depth.json."""
+    values = run.method in ORACLES and run.method != "windows"
+    return [run.folder / name for name in ("final.json", "depth.json")[: 1 + values]]
 
 
 def keep(run: Run, results: Path, known: bool = False) -> str | None:
@@ -118,8 +130,7 @@ def keep(run: Run, results: Path, known: bool = False) -> str | None:
         command = shlex.join(["python", *run.program, *run.flags])
         row = result(final, run.method, run.variant, run.quality, command)
         values = None
-        if run.method in ORACLES and run.method != "windows":
-            file = run.folder / "depth.json"  # which is written last
+        for file in files_of(run)[1:]:
             values = json.loads(file.read_text())
     except FileNotFoundError:
         return f"{file} was not written: delete its folder, or give an --out that all nodes share"
@@ -176,7 +187,7 @@ def grid(
     if results.exists():
         read(results, Result)
     runs, started = plan(env_ids, qualities, methods, seeds, flags, out, variants), time.time()
-    known = [run for run in runs if (run.folder / "final.json").exists()]
+    known = [run for run in runs if all(file.exists() for file in files_of(run))]
     missing, failures = [run for run in runs if run not in known], []
     ends = on_ray(missing) if launcher == "ray" and missing else locally(missing, jobs)
     with contextlib.closing(ends):  # after an error, too, the runs save and end

@@ -10,7 +10,7 @@ import io
 import math
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -199,9 +199,11 @@ def result(final: dict, method: str, variant: str, quality: str, command: str) -
     )
 
 
-def record(path: Path, *new: Result | Depth | Error | Point | Bin) -> None:
-    """Write rows of one kind into the file, in place of all that have the same key as one of them.
+def record(path: Path, *new: T, replaced: Callable[[T], bool] | None = None) -> None:
+    """Write rows of one kind into the file, in place of older ones.
 
+    Args:
+        replaced: which ones; None: those that have the same `key_of` as one of the new rows.
     Raises:
         ValueError: the file has other columns.
         OSError: the file cannot be written; it is then as it was.
@@ -211,8 +213,12 @@ def record(path: Path, *new: Result | Depth | Error | Point | Bin) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # another grid may record at the same time
-        old, made = by_key(read(path, kind) if path.exists() else []), by_key(new)
-        write(path, [row for rows in (old | made).values() for row in rows], kind)
+        old = read(path, kind) if path.exists() else []
+        if replaced:
+            rows = [*(row for row in old if not replaced(row)), *new]
+        else:
+            rows = [row for same in (by_key(old) | by_key(new)).values() for row in same]
+        write(path, rows, kind)
     finally:
         os.close(folder)
 

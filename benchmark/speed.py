@@ -22,7 +22,7 @@ from tqdm import tqdm
 import envs
 import train
 from benchmark.ensemble import Ensemble, load_kit
-from benchmark.rows import SPEED, read, versions, write
+from benchmark.rows import SPEED, read, record, versions
 from benchmark.speed_tables import LIMITS, TRAINING, speed_tables
 from benchmark.timing import Clock, Entry, Row, parameters
 from buffer import Batch, OfflineDataset, SyntheticBuffer, mix
@@ -255,7 +255,8 @@ def speed(
         raise ValueError(f"--threads {threads}: give 1 or more.")
     if quick and out == SPEED:
         raise ValueError("--quick measures nothing worth keeping: give another --out.")
-    before = read(out, Row) if out.exists() else []
+    if out.exists():
+        read(out, Row)  # before minutes of work
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads)
@@ -271,6 +272,5 @@ def speed(
     rows = [row for job in tqdm(jobs, unit="race") for row in job()]
     rows = [dataclasses.replace(row, **about) for row in rows]
     here = about["machine"], device, threads
-    kept = [row for row in before if (row.machine, row.device, row.threads) != here]
-    write(out, kept + rows, Row)
+    record(out, *rows, replaced=lambda row: (row.machine, row.device, row.threads) == here)
     print(speed_tables(rows))

@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 import envs
+from benchmark.grid import source_of
 from benchmark.markdown import table
-from benchmark.rows import VISITS, Bin, Point, read, write
+from benchmark.rows import VISITS, Bin, Point, record
 from buffer import OfflineDataset
 from experiment import setup
 from experiment.diagnostics import predict_held_out, standardiser
@@ -122,13 +123,13 @@ def coverage(runs: tuple[Path, ...], episodes: int = 64, results: Path = VISITS)
         env.close()
     everything = np.concatenate([plane for plane, _ in seen.values()])
     low, high = everything.min(0), everything.max(0)
-    quality = metadata.get("quality", Path(metadata["path"]).stem)
+    quality = source_of(args["dataset"] and Path(metadata["path"]), args["quality"])
     cells = {(args["env_id"], quality, seed) for _, seed in seen}
-    old = read(results, Bin) if results.exists() else []  # squares of another plane
-    rows = [row for row in old if (row.env_id, row.quality, row.seed) not in cells]
+    rows = []
     for (method, seed), (plane, rewards) in seen.items():
         rows += bins(plane, rewards, low, high, (method, args["env_id"], quality, seed))
-    write(results, rows, Bin)
+    # All older ones of these cells go: they are squares of another plane
+    record(results, *rows, replaced=lambda row: (row.env_id, row.quality, row.seed) in cells)
 
 
 def play(env, actor, episodes: int) -> tuple[np.ndarray, np.ndarray]:

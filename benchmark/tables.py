@@ -16,7 +16,6 @@ from behaviour import Quality
 from benchmark.ablations import (
     EARLIER,
     changes,
-    departure,
     departures,
     horizons,
     sizes,
@@ -157,12 +156,12 @@ def paired_difference(a: Runs, b: Runs) -> tuple[list[float], tuple[float, float
     return differences, (float(low), float(high))
 
 
-def students_interval(differences: list[float]) -> str:
+def students_interval(differences: list[float], digits: int = 2) -> str:
     """The 95 % interval of their mean by Student's t; empty for less than two."""
     if len(differences) < 2:
         return ""
     mean, half = mean_and_interval(differences)
-    return f"{mean - half:+.2f} to {mean + half:+.2f}"
+    return f"{mean - half:+.{digits}f} to {mean + half:+.{digits}f}"
 
 
 def by_cell(groups: Groups) -> dict[Cell, dict[str, Runs]]:
@@ -315,8 +314,9 @@ def aggregate(groups: Groups) -> str:
 
     Robots had another learner before, with which MACQL fails in no run; where there are rows of it,
     the gain is also over the better of MACQL's two. Where recorded steps filled D_m (a placebo),
-    LOGO's gain over MACQL is that of the placebo and what LOGO has beyond it. The interval is a
-    bootstrap in two levels: cells with replacement, and in each of them seeds.
+    LOGO's gain over MACQL is that of the placebo and what LOGO has beyond it. The first interval is
+    a bootstrap in two levels: cells with replacement, and in each of them seeds; with few cells it
+    is too narrow. The other is Student's t of the cells' means.
     """
     kinds = {
         "all": lambda env_id: True,
@@ -346,11 +346,12 @@ def aggregate(groups: Groups) -> str:
         means = [x.mean() for x in some]
         above = sum(x > 0 for x in means)
         seeds = "-".join(map(str, sorted({min(map(len, some)), max(map(len, some))})))
-        interval = f"{low:+.1f} to {high:+.1f}" if count > 1 else ""
-        lines.append([name, kind, count, seeds, above, f"{np.mean(means):+.1f}", interval])
+        bootstrap = f"{low:+.1f} to {high:+.1f}" if count > 1 else ""
+        intervals = bootstrap, students_interval(means, 1)
+        lines.append([name, kind, count, seeds, above, f"{np.mean(means):+.1f}", *intervals])
     return table(
         ["gain of", "cells", "number", "seeds", "above in", "mean, % of MACQL's return",
-         "95 % interval"],
+         "bootstrap interval", "Student's interval"],
         lines,
     )  # fmt: skip
 
@@ -443,7 +444,7 @@ def ceiling_tables(groups: Groups) -> dict[str, str]:
             known = ["-" if x is None else f"{x:.2f}" for x in values]
             return ", ".join(known) if runs else ""
 
-        if by_method.keys() == {"model"} and (cell, departure(variant)) in alone:
+        if by_method.keys() == {"model"} and (cell, variant) in alone:
             continue
         kind = "tuning" if by_method.keys() <= {"macql", "model"} else "ceiling"
         scores = [each(by_method.get(m, {})) for m in ("macql", *columns[kind])]

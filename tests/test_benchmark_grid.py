@@ -168,16 +168,18 @@ def test_a_ceiling_runs_the_oracle_and_keeps_values_by_depth(tmp_path, trainings
     }
 
 
-def test_a_run_without_its_values_by_depth_is_refused(tmp_path, trainings):
+def test_a_run_without_its_values_by_depth_goes_on(tmp_path, trainings):
     """It was stopped between final.json and depth.json."""
     where = {"out": tmp_path / "runs", "results": tmp_path / "ceiling.csv"}
     run = ("3s_vs_5z",), ("medium",), ("simulator",), (1,)
     grid.ceiling(*run, **where)
-    next((tmp_path / "runs").glob("*/depth.json")).unlink()
+    depth = next((tmp_path / "runs").glob("*/depth.json"))
+    depth.unlink()
+    (depth.parent / "checkpoint.pt").touch()
     (tmp_path / "ceiling.csv").unlink()
-    with pytest.raises(ValueError, match="depth.json was not written: delete its folder"):
-        grid.ceiling(*run, **where)
-    assert not (tmp_path / "ceiling.csv").exists()
+    grid.ceiling(*run, **where)
+    assert "--resume" in trainings[1] and "--resume" not in trainings[0]
+    assert [row.method for row in read(tmp_path / "ceiling.csv", Result)] == ["simulator"]
 
 
 def test_a_variant_is_spelled_by_what_differs(tmp_path):
@@ -318,7 +320,9 @@ def test_the_aggregate_is_over_cells_in_shares_of_macqls_return():
     assert every[1:6] == ["all", "2", "2", "1", f"{(15.0 - 6.25) / 2:+.1f}"]
     low, high = map(float, every[6].split(" to "))
     assert -12.5 <= low < 4.4 < high <= 20.0  # the worst and the best seed alone
-    assert untuned[1:] == ["not tuned on", "1", "2", "0", "-6.2", ""]
+    low, high = map(float, every[7].split(" to "))  # t of two numbers: 12.706 standard errors
+    assert (low, high) == pytest.approx((4.375 - 12.706 * 10.625, 4.375 + 12.706 * 10.625), abs=0.1)
+    assert untuned[1:] == ["not tuned on", "1", "2", "0", "-6.2", "", ""]
 
 
 def test_the_aggregate_has_the_better_of_macqls_learners():
@@ -467,7 +471,7 @@ def test_departures_are_compared_with_the_default_seed_by_seed():
     rows = [
         before(seed=1, mean=9.0), before(seed=2, mean=6.0), row(seed=2, mean=6.5),
         row("macql", mean=1.0, variant=f"{BEFORE_D30} --n-step 1"),
-        row(seed=2, mean=77.0, variant="--n-step 1"),  # with D30, so not of this table
+        row(seed=2, mean=7.0, variant="--n-step 1"),  # with D30
         before("--n-step 1", seed=2, mean=4.0), before("--n-step 1", seed=1, mean=8.0),
         before("--n-step 1", seed=3, mean=99.0), before("--no-heads", seed=1, mean=10.0),
         before("--n-step 1 --no-heads", seed=1, mean=0.0), before(mean=1.0, env_id="2s3z"),
@@ -475,6 +479,8 @@ def test_departures_are_compared_with_the_default_seed_by_seed():
         row(seed=2, mean=0.0, variant="--paper --n-step 5"), before("--horizon 5", mean=7.0),
         before("--imagined-rows instead", seed=2, mean=5.0),
         before("--imagined-rows printed", seed=2, mean=4.5),
+        row(seed=2, mean=5.5, variant="--imagined-rows printed"),
+        row(seed=2, mean=5.0, variant="--imagined-rows instead --no-recorded-critic"),
         row(seed=2, mean=1.5, variant="--paper --imagined-rows instead"),
         row(seed=2, mean=2.5, variant="--paper --imagined-rows added"),
         before("--imagined-rows printed", mean=3.0, env_id="2s3z"),  # nothing to compare with
@@ -482,15 +488,18 @@ def test_departures_are_compared_with_the_default_seed_by_seed():
     tuning = tables.ceiling_tables(tables.group(rows))["tuning"]
     assert f"`{BEFORE_D30} --imagined-rows printed`" in tuning
     assert f"`{BEFORE_D30} --no-heads`" not in tuning
-    header, _, usual, *lines = tables.departures(tables.group(rows)).splitlines()
+    header, _, *lines = tables.departures(tables.group(rows)).splitlines()
     assert header.count("3s_vs_5z smax medium") == 2 and "2s3z" not in header
-    assert "(2) | 0.50" in usual
-    by_id = {line.split()[1]: [x.strip() for x in line.split("|")[3:-1]] for line in lines}
-    assert by_id["D28"] == ["-1.50 (-1.00, -2.00)", "-0.50"] and by_id["D3"] == ["+1.00", "+1.50"]
-    assert by_id["all"] == ["-5.50", ""] and by_id["D30"] == ["-0.50", "not run"]
-    assert by_id["D8"] == ["-0.50", "+1.00"] and by_id["D27"] == ["-1.00", "+1.00"]
-    others = [x for k, x in by_id.items() if k not in ("D3", "D8", "D27", "D28", "D30", "all")]
-    assert all(x == ["not run", "not run"] for x in others)
+    cells = [[x.strip() for x in line.split("|")[1:-1]] for line in lines]
+    by_id = {(id, defaults): x for id, _, defaults, *x in cells}
+    now, then = "present", "before D30"
+    assert by_id["none", now] == ["6.50", "0.50"] and "(2)" in by_id["none", then][0]
+    assert by_id["D28", then] == ["-1.50 (-1.00, -2.00)", ""]
+    assert by_id["D28", now] == ["+0.50", "-0.50"] and by_id["D3", then] == ["+1.00", "+1.50"]
+    assert by_id["all", then] == ["-5.50", ""] and by_id["D30", now] == ["-0.50", "not run"]
+    assert by_id["D8", then] == ["-0.50", ""] and by_id["D8", now] == ["+0.50", "+1.00"]
+    assert by_id["D27", then] == ["-1.00", "+1.00"]
+    assert by_id["D5", ""] == ["not run", "not run"] and len(by_id) == 2 + len(DEPARTURES) + 2
 
 
 def test_every_departure_with_a_flag_has_its_line():
