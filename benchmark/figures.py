@@ -92,20 +92,26 @@ def draw_comparison(groups: Groups) -> bytes:
 
 
 def draw_field(groups: Groups) -> bytes | None:
-    """A PNG with one panel per cell in which baselines were run: a line per method, a dot per run.
+    """A PNG with one panel per cell in which baselines were run: a line per method, a dot per run;
+    in the first row with the present defaults, in the other one with earlier ones.
 
     None: there is no such cell.
     """
     from matplotlib.figure import Figure
 
-    cells = cells_of_baselines(groups)
-    if not cells:
+    rows = [x for x in (cells_of_baselines(groups, earlier) for earlier in (False, True)) if x]
+    if not rows:
         return None
     methods = [*METHODS, *BASELINES]
     names = [*(NAMES[method] for method in methods), "behaviour cloning"]
-    figure = Figure(figsize=(2.6 * len(cells) + 1.4, 3.9), layout="constrained")
-    axes = figure.subplots(1, len(cells), squeeze=False)[0]
-    for ax, ((env_id, backend, quality, flags), by_method) in zip(axes, cells.items(), strict=True):
+    width = max(map(len, rows))
+    figure = Figure(figsize=(2.6 * width + 1.4, 3.9 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), width, squeeze=False)
+    panels = [panel for axes, cells in zip(grid, rows, strict=True)
+              for panel in zip(axes, cells.items(), strict=False)]  # fmt: skip
+    for ax in {*grid.flat} - {ax for ax, _ in panels}:
+        ax.set_axis_off()
+    for ax, ((env_id, backend, quality, flags), by_method) in panels:
         for y, method in enumerate(methods):
             returns = [row.return_mean for row in by_method.get(method, {}).values()]
             color = "C0" if method == "logo" else "C1" if method == "macql" else "grey"
@@ -113,7 +119,7 @@ def draw_field(groups: Groups) -> bytes | None:
         most = max(by_method.values(), key=len).values()
         clones = [row.clone_return for row in most if row.clone_return is not None]
         ax.plot(clones, [len(methods)] * len(clones), "o", color="black", alpha=0.7, ms=5)
-        ax.set_yticks(range(len(names)), names if ax is axes[0] else [])
+        ax.set_yticks(range(len(names)), names if ax in grid[:, 0] else [])
         ax.grid(axis="y", lw=0.4)
         ax.invert_yaxis()
         told = textwrap.wrap(flags.strip("`"), 30)

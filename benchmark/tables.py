@@ -192,21 +192,24 @@ def comparison(groups: Groups) -> str:
     return table([*header, "behaviour cloning", "data's return"], lines)
 
 
-def cells_of_baselines(groups: Groups) -> dict[tuple[str, ...], dict[str, Runs]]:
+def cells_of_baselines(groups: Groups, earlier: bool) -> dict[tuple[str, ...], dict[str, Runs]]:
     """The runs by method of every (task, simulator, data, flags) that any baseline was run in; with
     flags only where LOGO was, too.
+
+    Args:
+        earlier: those with the defaults of an earlier commit, or those with the present ones.
     """
     columns: dict[tuple[str, ...], dict[str, Runs]] = {}
     for (cell, variant, method), runs in groups.items():
-        if cell.backend != "offline":
+        if cell.backend != "offline" and variant.startswith("--defaults") == earlier:
             columns.setdefault((*cell, code(variant)), {})[method] = runs
     return {k: runs for k, runs in columns.items() if runs.keys() & BASELINES
             and ("logo" in runs or not k[-1])}  # fmt: skip
 
 
-def field(groups: Groups) -> str:
+def field(groups: Groups, earlier: bool = False) -> str:
     """One line per method, one column per cell that any baseline was run in: returns, seeds."""
-    cells = cells_of_baselines(groups)
+    cells = cells_of_baselines(groups, earlier)
     lines = []
     for method in (*METHODS, *BASELINES):
         found = [by_method.get(method) for by_method in cells.values()]
@@ -218,18 +221,19 @@ def field(groups: Groups) -> str:
     return table(["method (seeds)", *(" ".join(filter(None, x)) for x in cells)], lines)
 
 
-def field_differences(groups: Groups) -> str:
-    """LOGO minus each other method in the cells of `field`; in brackets the number of seeds that
-    both have, and the interval over them."""
+def field_differences(groups: Groups, earlier: bool = False) -> str:
+    """LOGO minus each other method that was run in the cells of `field`; in brackets the number of
+    seeds that both have, and the interval over them."""
 
     def difference(by_method: dict[str, Runs], other: str) -> str:
         by_seed, interval = paired_difference(by_method.get("logo", {}), by_method.get(other, {}))
         bounds = f": {interval[0]:+.2f} to {interval[1]:+.2f}" if interval else ""
         return f"{np.mean(by_seed):+.2f} ({len(by_seed)}{bounds})" if by_seed else ""
 
-    cells = cells_of_baselines(groups)
+    cells = cells_of_baselines(groups, earlier)
     others = [method for method in (*METHODS, *BASELINES) if method != "logo"]
     lines = [[NAMES[m], *(difference(x, m) for x in cells.values())] for m in others]
+    lines = [line for line in lines if any(line[1:])]
     return table(["LOGO minus", *(" ".join(filter(None, x)) for x in cells)], lines)
 
 
@@ -489,6 +493,8 @@ def results_tables(rows: list[Result]) -> dict[str, str]:
               sizes, world_model, origin)  # fmt: skip
     made = {"differences": gains(groups, plain=True), "variants": gains(groups, plain=False)}
     made |= {make.__name__.replace("_", "-"): make(groups) for make in makers}
+    made["field-earlier"] = field(groups, earlier=True)
+    made["field-differences-earlier"] = field_differences(groups, earlier=True)
     return made | {"iqm": iqm_table(groups, NAMES)}
 
 
