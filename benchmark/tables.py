@@ -330,12 +330,11 @@ def aggregate(groups: Groups) -> str:
     }
     robots_earlier = any(variant == EARLIER for _, variant, _ in groups)
     of_two = gains_by_cell(groups, over=(("", "macql"), (EARLIER, "macql")))
-    both = "maps", "robots"
     compared = {
         "LOGO over MACQL": (gains_by_cell(groups), kinds),
         "LOGO over MACQL's better learner": (of_two, ("all", "robots") if robots_earlier else ()),
-        "recorded steps over MACQL": (gains_by_cell(groups, "windows"), both),
-        "LOGO over recorded steps": (gains_by_cell(groups, over=(("", "windows"),)), both),
+        "recorded steps over MACQL": (gains_by_cell(groups, "windows"), ("maps",)),
+        "LOGO over recorded steps": (gains_by_cell(groups, over=(("", "windows"),)), ("maps",)),
     }
     lines, every = [], ((name, gains, k) for name, (gains, some) in compared.items() for k in some)
     for name, gains, kind in every:
@@ -361,17 +360,18 @@ def aggregate(groups: Groups) -> str:
 
 
 def placebo(groups: Groups) -> str:
-    """One line per cell in which recorded steps filled D_m with the default flags: MACQL, this
-    placebo and LOGO over the seeds that all three have.
+    """One line per cell and variant in which recorded steps filled D_m: MACQL, this placebo and
+    LOGO over the seeds that all three have.
     """
     lines = []
-    for cell, by_method in by_cell(groups).items():
-        three = [by_method.get(method, {}) for method in ("macql", "windows", "logo")]
+    for cell, variant in dict.fromkeys(key[:2] for key in groups):
+        three = [groups.get((cell, variant, method), {}) for method in ("macql", "windows", "logo")]
         seeds = [seed for seed in three[1] if all(seed in runs for runs in three)]
         if not seeds:
             continue
         three = [{seed: runs[seed] for seed in seeds} for runs in three]
-        line = [*cell, len(seeds), *(over(runs, "return_mean") for runs in three)]
+        where = [cell.env_id, cell.backend, f"{cell.quality} {code(variant)}".strip()]
+        line = [*where, len(seeds), *(over(runs, "return_mean") for runs in three)]
         for one, other in ((three[1], three[0]), (three[2], three[1])):
             by_seed, _ = paired_difference(one, other)
             line += [f"{np.mean(by_seed):+.2f}", ", ".join(f"{x:+.2f}" for x in by_seed)]
