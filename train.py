@@ -119,8 +119,8 @@ class Args:
     """D27: imagined rows per step, as a share of B; 0 leaves MACQL, "added" takes more than 1, too;
     paper: 0.5 [Sec. 4.3: half of the rows, which is 0.5 with "instead" and 1 with "added"]"""
     imagined_rows: Literal["added", "added+policy", "instead", "printed"] = "added"
-    """D8, D27: added, instead: to or of real rows, in the Bellman error (+policy: and in Eq. 12's
-    value); printed: instead, where they are printed (paper: this) [Eq. 10, 12]"""
+    """D8, D27: added to real rows, or instead of some, in the Bellman error (+policy: and Eq. 12's
+    value); printed: instead, in the terms that print them; paper: printed [Eq. 10, 12]"""
     lr: float = 1e-3
     """Adam's step size of policies, critic and clone [Table 8]"""
     hidden: int = 256

@@ -32,8 +32,7 @@ from logo_wm import agent_mlp, mlp
 class Args(train.Args):
     """State and reward predicted directly, by the networks that LOGO predicts observations with."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "uncertainty", "cap",
-                           "u_scale")  # fmt: skip
+    NO_EFFECT: ClassVar = ("deduce_from", "observe", "uncertainty", "cap", "u_scale")
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"
     """use of u, which this model does not have: none [ours]"""

@@ -62,8 +62,7 @@ from logo_wm import LogoWM, mlp
 class Args(train.Args):
     """MAZero's world model: latent states that agents advance together, five steps at a time."""
 
-    NO_EFFECT: ClassVar = ("deduce_from", "observe", "uncertainty",
-                           "cap", "u_scale")  # fmt: skip
+    NO_EFFECT: ClassVar = ("deduce_from", "observe", "uncertainty", "cap", "u_scale")
 
     uncertainty: Literal["weight", "penalty", "none"] = "none"
     """use of u, which this model does not have: none [Table 1 of LOGO's paper]"""

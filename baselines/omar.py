@@ -20,10 +20,10 @@ not clipped; the continuous log-sum-exp weighs a draw with the density of the mi
 from (the public code subtracts a density where its logarithm belongs); imagined rows count in the
 Bellman error alone. Besides, |pi - a*|^2 is a sum over A, as in the paper; the code takes the mean,
 so that its c pulls A times as hard here, and adds 1e-3 pi^2; values are not in units of the data's
-returns (D21), which on robots MACQL has here. The code for discrete actions
-is of CFCQL's authors: its critics also see the state and share weights, targets are of TD(0.6), the
-log-sum-exp and a* know no unavailable actions, and the actor follows the advantage of the data's
-actions, not Q_i(o^i, pi_i).
+returns (D21), which on robots MACQL has here. The code for discrete actions is of CFCQL's authors:
+its critics also see the state and share weights, targets are of TD(0.6), the log-sum-exp and a*
+know no unavailable actions, and the actor follows the advantage of the data's actions, not Q_i(o^i,
+pi_i).
 
 Source: https://github.com/ling-pan/OMAR at 0e52ad6: algorithms/maddpg.py (continuous actions);
 https://github.com/thu-rllab/CFCQL at 3441019: discrete/src/learners/omar_learner.py.

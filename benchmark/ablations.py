@@ -152,7 +152,7 @@ def added_alone(spelled: str) -> str:
 def bases() -> dict[str, str]:
     """By every variant in which one departure is taken back, or added to the letter: the variant
     that it is compared with."""
-    found = {BEFORE_D30: ""}  # D30 taken back
+    found = {BEFORE_D30: ""}  # the same as NO_D30
     for spelled, name in DEPARTURES.items():
         now, before, letter = WITHOUT.get(name, ("", BEFORE_D30, "--paper"))
         found |= {f"{BEFORE_D30} {spelled}": before, added_alone(spelled): letter, spelled: now}
@@ -166,11 +166,14 @@ def changes(groups: dict) -> dict[tuple, str]:
     Args:
         groups: of `tables.group`.
     """
-    found, base_of = {}, bases()
-    for (cell, variant, method), runs in groups.items():
-        if method != "logo" or variant not in base_of:
-            continue
-        usual = groups.get((cell, base_of[variant], "logo"), {})
+    base_of = bases()
+    logo = {(cell, variant): runs for (cell, variant, m), runs in groups.items() if m == "logo"}
+    for (cell, variant), runs in [*logo.items()]:
+        if variant == BEFORE_D30:
+            logo[cell, NO_D30] = runs | logo.get((cell, NO_D30), {})
+    found = {}
+    for (cell, variant), runs in logo.items():
+        usual = logo.get((cell, base_of.get(variant)), {})
         both = sorted(runs.keys() & usual.keys())
         if more := [runs[seed].return_mean - usual[seed].return_mean for seed in both]:
             each = f" ({', '.join(f'{x:+.2f}' for x in more)})" if len(more) > 1 else ""
@@ -201,8 +204,8 @@ def departures(groups: dict) -> str:
     lines.append(line("none", "", "before D30", of(BEFORE_D30), nothing))
     for spelled, name in DEPARTURES.items():
         ways = {"present": spelled, "before D30": f"{BEFORE_D30} {spelled}"}
-        if name in ("D30", "all"):
-            ways = {"D30": {"present": BEFORE_D30}, "all": {"before D30": spelled}}[name]
+        if name == "all":  # the letter has lines of its own, and is compared with the most seeds
+            ways = {"before D30": spelled}
         letter = [found.get((cell, added_alone(spelled)), "not run") for cell in cells]
         added = nothing if name == "all" else letter
         first = len(lines)

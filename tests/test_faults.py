@@ -561,6 +561,8 @@ def test_sizes_that_no_memory_holds_are_refused_before_work(monkeypatch):
     for flag in ("hidden", "critics", "batch-size", "wm-batch-size", "eval-episodes", "horizon"):
         code, _ = faults.command("--env-id", "3s_vs_5z", f"--{flag}", str(10**9))
         assert re.fullmatch(rf"train.py: .*GiB of memory are needed.*--{flag} 1000000000.*", code)
+    code, _ = faults.command("--env-id", "3s_vs_5z", "--updates", str(10**9))
+    assert "--updates 1000000000, or raise --rollout-interval" in code
     assert "this machine has" in faults.command("--threads", "100000")[0]
     assert "--seed is 18446744073709551616" in faults.command("--seed", str(2**64))[0]
     assert "--env-id is '../../x'" in faults.command("--env-id", "../../x")[0]

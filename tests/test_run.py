@@ -499,6 +499,19 @@ def test_a_diverging_rollout_stops_the_run(go, toy, monkeypatch):
         go(*toy)
 
 
+def test_what_follows_a_rollouts_end_may_diverge(go, toy, monkeypatch):
+    imagine, ended = train.LogoWM.imagine, []
+
+    def diverging(*args):
+        rollout = imagine(*args)
+        rollout["valid"][1:, ::2] = 0
+        ended.append((rollout["valid"] == 0).sum().item())
+        return rollout | {"uncertainty": rollout["uncertainty"] / rollout["valid"]}
+
+    monkeypatch.setattr(train.LogoWM, "imagine", diverging)
+    assert go(*toy)["method"] == "logo" and max(ended) > 0
+
+
 def test_a_dataset_with_nan_is_refused(go, dataset, tmp_path):
     broken = tmp_path / "broken.h5"
     broken.write_bytes(dataset.read_bytes())
