@@ -204,7 +204,7 @@ def departures(groups: dict) -> str:
     lines.append(line("none", "", "before D30", of(BEFORE_D30), nothing))
     for spelled, name in DEPARTURES.items():
         ways = {"present": spelled, "before D30": f"{BEFORE_D30} {spelled}"}
-        if name == "all":  # the letter has lines of its own, and is compared with the most seeds
+        if name == "all":  # compared with the defaults that have most seeds
             ways = {"before D30": spelled}
         letter = [found.get((cell, added_alone(spelled)), "not run") for cell in cells]
         added = nothing if name == "all" else letter
